@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One frozen configuration per verb: the flags of the command line and the keys of its YAML.
+
+A field is a flag: ``learning_rate`` is ``--learning-rate``. The string below a field is its help text.
+Paths are text, so that a configuration can be written next to every result as it was given.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from offsite_ray.errors import ConfigError
+
+ComputeDtype = Literal["fp32", "bf16"]
+"""Arithmetic of a forward pass; ``bf16`` is autocast, with float32 masters of what trains."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompressConfig:
+    """Make an emulator bundle out of a full model."""
+
+    model: str
+    """Directory of the full model."""
+    plan: str
+    """Split plan: '2-8-2', or 'adapter=0,1,30,31 emulator=2,5-9'."""
+    out: str
+    """Directory to write the emulator bundle to."""
+    select: str = "uniform"
+    """Selection method for the kept blocks of a short plan."""
+    compress: str = "none"
+    """Compression method for the kept blocks."""
+    blocks: str | None = None
+    """Path of the block list in a model whose family is in no table, e.g. 'model.layers'."""
+    seed: int = 0
+    """Seed of selection and compression methods that draw."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareConfig:
+    """Tokenise text and pack it into blocks of equal length, as Parquet."""
+
+    tokenizer: str
+    """Directory of the tokenizer: a model or a bundle."""
+    text: tuple[str, ...]
+    """Files (.txt, .jsonl, .parquet), directories of them, or the name of a dataset."""
+    out: str
+    """Directory to write the prepared data to."""
+    block_size: int = 512
+    """Tokens in a block."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """The knobs that every training verb shares."""
+
+    max_steps: int | None = None
+    """Optimizer steps; by default as many as `epochs` hold."""
+    epochs: float = 1.0
+    """Passes over the data, where `max_steps` is not given."""
+    batch_size: int = 8
+    """Sequences in an optimizer step, over all workers."""
+    micro_batch_size: int | None = None
+    """Sequences in one forward pass of one worker; by default its whole share of the batch."""
+    seq_len: int | None = None
+    """Tokens in a sequence; by default what the data or the model gives (at most 1024)."""
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; vectors are never decayed."""
+    warmup_fraction: float = 0.05
+    """Share of the steps over which the learning rate rises from zero, before the cosine to zero."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+    dtype: ComputeDtype = "fp32"
+    """Arithmetic of the forward pass; what trains has float32 masters either way."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    eval_every: int | None = None
+    """Steps between evaluations on held-out data; by default a tenth of the run."""
+    eval_fraction: float = 0.02
+    """Share of the data held out for these evaluations (at least one sequence)."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; by default a quarter of the run."""
+    seed: int = 0
+    """Seed of the data order and of every initialisation."""
+    num_workers: int = 0
+    """Ray Train workers; 0 trains in this process, without Ray."""
+    zero_stage: int = 0
+    """DeepSpeed ZeRO stage (0 to 3) of the Ray Train workers."""
+    use_gpu: bool | None = None
+    """One GPU for each worker; by default if there is one."""
+    resume: bool = False
+    """Go on from the last checkpoint of a run that was stopped."""
+
+    def __post_init__(self) -> None:
+        """Check ranges that hold for every training verb; raise :class:`ConfigError`."""
+        for name in ("epochs", "learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name}={value} must be a positive number")
+        for name in ("max_steps", "batch_size", "micro_batch_size", "eval_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
+        if self.seq_len is not None and self.seq_len < 2:
+            raise ConfigError(f"seq_len={self.seq_len} must be at least 2")
+        for name in ("warmup_fraction", "eval_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        if self.num_workers < 0:
+            raise ConfigError(f"num_workers={self.num_workers} must be 0 (no Ray) or more")
+        if self.zero_stage not in range(4):
+            raise ConfigError(f"zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
+        if self.batch_size % max(1, self.num_workers):
+            raise ConfigError(
+                f"batch_size={self.batch_size} cannot be shared equally by "
+                f"{self.num_workers} workers; make it a multiple"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillConfig(TrainingConfig):
+    """Train the emulator blocks of a bundle to stand in for the middle of the full model."""
+
+    model: str
+    """Directory of the full model."""
+    bundle: str
+    """Emulator bundle to start from."""
+    data: tuple[str, ...]
+    """Public text: prepared data, files, or the name of a dataset."""
+    out: str
+    """Directory to write the distilled emulator bundle to."""
+    hidden_weight: float = 30.0
+    """Weight of the RMS-normalised error of the middle's output (the paper's 30)."""
+    lm_weight: float = 1.0
+    """Weight of the language modelling cross-entropy (the paper's 1)."""
+    num_workers: int = 1
+    """Ray Train workers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneConfig(TrainingConfig):
+    """Train the adapter blocks of a bundle, or a full model as the baseline."""
+
+    bundle: str | None = None
+    """Emulator bundle whose adapter blocks are trained (the data owner's case)."""
+    model: str | None = None
+    """Full model to train whole, as the baseline (instead of `bundle`)."""
+    data: tuple[str, ...]
+    """Text: files (.txt, .jsonl, .parquet) or the name of a dataset."""
+    out: str
+    """Directory to write the adapter bundle (or the fine-tuned model) to."""
+    method: str = "full"
+    """Fine-tuning method: full, lora, bottleneck or bitfit."""
+    rank: int = 8
+    """Rank of LoRA, width of a bottleneck adapter."""
+    lora_alpha: float = 16.0
+    """LoRA's scale is `lora_alpha / rank`."""
+
+    def __post_init__(self) -> None:
+        """Check that there is exactly one thing to train."""
+        # Zero-argument super() does not work in a dataclass with slots: the class is made twice.
+        TrainingConfig.__post_init__(self)
+        if (self.bundle is None) == (self.model is None):
+            raise ConfigError("give either --bundle (adapter blocks) or --model (the baseline)")
+        if self.rank < 1:
+            raise ConfigError(f"rank={self.rank} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlugInConfig:
+    """Put an adapter bundle into the full model."""
+
+    model: str
+    """Directory of the full model."""
+    adapter: str
+    """Adapter bundle that came back from the data owner."""
+    out: str
+    """Directory to write the plugged-in model to."""
+    verbose: bool = False
+    """Print a line for each replaced tensor."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """Measure the five settings, the bound and both gaps, as far as the artefacts are given."""
+
+    model: str
+    """Directory of the full model."""
+    finetuned: str | None = None
+    """Fully fine-tuned model (setting: full fine-tuned)."""
+    bundle: str | None = None
+    """Emulator bundle (settings: emulator zero-shot and, with an adapter, fine-tuned)."""
+    adapter: str | None = None
+    """Adapter bundle trained against `bundle` (settings: emulator fine-tuned, plug-in)."""
+    bound: str | None = None
+    """Adapter bundle trained inside the full model (setting: bound)."""
+    text: tuple[str, ...] = ()
+    """Held-out text: .txt, .jsonl or .parquet files; gives perplexities."""
+    tasks: tuple[str, ...] = ()
+    """lm-eval tasks."""
+    task_data: tuple[str, ...] = ()
+    """TASK=FILE: local file that a stock task reads its documents from."""
+    task_path: tuple[str, ...] = ()
+    """Directories or YAML files with own lm-eval tasks."""
+    task_limit: int | None = None
+    """Documents of each task; by default all."""
+    num_fewshot: int | None = None
+    """Examples in each task's prompt; by default what the task says."""
+    seq_len: int | None = None
+    """Tokens of context; by default what the model allows, at most 1024."""
+    batch_size: int = 8
+    """Sequences in one forward pass."""
+    dtype: ComputeDtype = "fp32"
+    """Arithmetic of the forward pass."""
+    out: str | None = None
+    """File to write the result to, as JSON."""
+    report: str | None = None
+    """Directory to write report.html and report.png to."""
+
+    def __post_init__(self) -> None:
+        """Check that there is something to measure."""
+        if not self.text and not self.tasks:
+            raise ConfigError("nothing to measure: give --text FILE or --tasks NAME, or both")
+        if self.adapter is not None and self.bundle is None:
+            raise ConfigError("--adapter needs the --bundle that it was trained against")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InspectConfig:
+    """Say what is in a bundle, an adapter, a plugged-in model or a full model."""
+
+    path: str
+    """Directory to look into."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyConfig:
+    """Check that a bundle is whole and unaltered."""
+
+    path: str
+    """Directory to check."""
+    model: str | None = None
+    """Full model that the bundle must belong to."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """Run the whole loop on this machine, without downloads."""
+
+    out: str = "demo-out"
+    """Directory for every artefact and the report."""
+    foundation: str | None = None
+    """Full model to use; by default the one under examples/foundation/."""
+    scale: float = 1.0
+    """Share of the training steps to run; below 1 is quick and shows less."""

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can go wrong, as a tree under :class:`OffsiteError`.
+
+A message has the offending value, what is allowed, and the next step, on one line. The command line
+prints it without a traceback and exits with :attr:`OffsiteError.exit_status`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class OffsiteError(Exception):
+    """Anything that this package refuses; the base of the tree."""
+
+    exit_status: int = 2
+    """Process exit status: 2 is the user's mistake, 1 anything else."""
+
+
+class ConfigError(OffsiteError):
+    """A flag, a YAML key or a value that no stage accepts."""
+
+
+class PlanError(OffsiteError):
+    """A split plan that the full model cannot follow."""
+
+
+class FamilyError(OffsiteError):
+    """A model family whose blocks cannot be found or may not be separated."""
+
+
+class BundleError(OffsiteError):
+    """A bundle of the wrong kind, or one whose parts contradict each other."""
+
+
+class IntegrityError(BundleError):
+    """A bundle that is not whole or not unaltered."""
+
+
+class PlugInError(BundleError):
+    """An adapter bundle that does not fit the full model."""
+
+
+class DataError(OffsiteError):
+    """Text, a dataset or a tokenizer that cannot be used as asked."""
+
+
+class StorageError(OffsiteError):
+    """A path that cannot be read or written: missing, in the way, or no space left."""
+
+
+class TrainingError(OffsiteError):
+    """A run that cannot go on: a non-finite loss, a checkpoint that does not fit."""
+
+    exit_status = 1
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest of ``known``, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """Return the one-line message for a name that is in no registry.
+
+    Args:
+        kind: What the name stands for, e.g. ``"fine-tuning method"``.
+        name: The offending name.
+        known: Every allowed name, listed in the message.
+    """
+    names = sorted(known)
+    return f"unknown {kind} {name!r}{did_you_mean(name, names)} (known: {', '.join(names)})"
