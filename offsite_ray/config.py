@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One frozen configuration per verb: the flags of the command line and the keys of its YAML.
 
-A field is a flag: ``learning_rate`` is ``--learning-rate``. The string below a field is its help text.
-Paths are text, so that a configuration can be written next to every result as it was given.
+A field is a flag: ``learning_rate`` is ``--learning-rate``. The string below a field is its help
+text. Paths are text, so that a configuration can be written next to every result as it was given.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class TrainingConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices; vectors are never decayed."""
     warmup_fraction: float = 0.05
-    """Share of the steps over which the learning rate rises from zero, before the cosine to zero."""
+    """Share of the steps over which the learning rate rises, before it follows a cosine to zero."""
     max_grad_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down."""
     dtype: ComputeDtype = "fp32"

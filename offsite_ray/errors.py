@@ -8,7 +8,10 @@ prints it without a traceback and exits with :attr:`OffsiteError.exit_status`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 class OffsiteError(Exception):

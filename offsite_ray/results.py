@@ -85,11 +85,11 @@ class SettingResult:
 
     perplexity: Perplexity | None = None
     tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Task name to metric name to value, e.g. ``{"arc_easy": {"acc": 0.31, "acc_stderr": 0.01}}``."""
+    """Task name to metric name to value: ``{"arc_easy": {"acc": 0.31, "acc_stderr": 0.01}}``."""
 
 
 def to_plain(value: Any) -> Any:
-    """Return ``value`` as plain dicts, lists and scalars that JSON holds; non-finite becomes None."""
+    """Return ``value`` as dicts, lists and scalars that JSON holds; non-finite becomes None."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

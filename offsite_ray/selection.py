@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from offsite_ray.errors import PlanError, unknown_name
-from offsite_ray.split import SelectPositions
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from offsite_ray.split import SelectPositions
 
 
 def uniform(middle: Sequence[int], num_kept: int) -> list[int]:
     """Return ``num_kept`` evenly spaced blocks of ``middle``, both ends included.
 
-    Block ``round(i * (n - 1) / (num_kept - 1))`` of the ``n`` middle blocks, rounding half to even, as
-    in Xiao et al., arXiv 2302.04870, section 3.2. One kept block is the one in the centre, where the
-    paper's formula divides by zero.
+    Block ``round(i * (n - 1) / (num_kept - 1))`` of the ``n`` middle blocks, rounding half to
+    even, as in Xiao et al., arXiv 2302.04870, section 3.2. One kept block is the one in the
+    centre, where the paper's formula divides by zero.
     """
     if num_kept == 0:
         return []

@@ -50,9 +50,7 @@ class SplitPlan:
             )
         for role, indices in (("adapter", self.adapter), ("emulator", self.emulator)):
             if list(indices) != sorted(set(indices)):
-                raise PlanError(
-                    f"{role} blocks {list(indices)} must be ascending, each named once"
-                )
+                raise PlanError(f"{role} blocks {list(indices)} must be ascending, each named once")
             outside = [i for i in indices if not 0 <= i < self.num_blocks]
             if outside:
                 raise PlanError(
