@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 SETTINGS = (
     "full_zero_shot",
@@ -86,6 +86,62 @@ class SettingResult:
     perplexity: Perplexity | None = None
     tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Task name to metric name to value: ``{"arc_easy": {"acc": 0.31, "acc_stderr": 0.01}}``."""
+
+
+GapMetric = Literal["nats_per_token", "task_score"]
+"""What gaps are counted in: log-perplexity where text was given, else the mean score of the tasks."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gaps:
+    """What offsite-tuning costs and what it protects; higher scores or fewer nats are better."""
+
+    utility: float | None = None
+    """By how much full fine-tuned is better than the plug-in."""
+    privacy: float | None = None
+    """By how much the plug-in is better than the tuned emulator; negative where it is worse."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationResult:
+    """The five settings, the bound and the gaps between them."""
+
+    settings: Mapping[str, SettingResult | None]
+    """One of :data:`SETTINGS` to what was measured; None where its artefact was not given."""
+    gap_metric: GapMetric
+    """Unit of ``gaps`` and ``bound_share``."""
+    gaps: Gaps
+    """In nats per token (positive: fewer nats) or as a difference of mean scores."""
+    task_gaps: Mapping[str, Gaps] = field(default_factory=dict)
+    """Task name to the gaps in its main metric."""
+    bound_share: float | None = None
+    """Share of the bound's gain over full zero-shot that the plug-in reaches."""
+    fine_tuned_share: float | None = None
+    """Share of full fine-tuning's gain over full zero-shot that the plug-in reaches."""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """The configuration as it was given, and the context length that was used."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Package name to version."""
+    date: str | None = None
+    """When the evaluation ended, ISO 8601, UTC."""
+    seconds: float | None = None
+    """Wall time of the whole evaluation."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``evaluate --json`` prints: each setting with its ``perplexity`` or null."""
+        plain: dict[str, Any] = to_plain(self)
+        plain["settings"] = {
+            name: None if setting is None else _setting_json(setting)
+            for name, setting in ((name, self.settings.get(name)) for name in SETTINGS)
+        }
+        return plain
+
+
+def _setting_json(setting: SettingResult) -> dict[str, Any]:
+    measured = setting.perplexity
+    text = {} if measured is None else to_plain(measured)
+    perplexity = None if measured is None else measured.perplexity
+    return {"perplexity": perplexity, **text, "tasks": to_plain(setting.tasks)}
 
 
 def to_plain(value: Any) -> Any:
