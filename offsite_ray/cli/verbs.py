@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs, in the order of the loop. What a verb needs is imported when it runs, not before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offsite_ray import config as configs
+from offsite_ray.cli.output import Outcome
+from offsite_ray.cli.progress import tell, training_progress
+from offsite_ray.errors import ConfigError
+from offsite_ray.results import to_plain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One step of the loop."""
+
+    name: str
+    config: type
+    summary: str
+    run: Callable[[Any], Outcome]
+
+
+def _compress(config: configs.CompressConfig) -> Outcome:
+    from offsite_ray.emulator import compress
+
+    return Outcome(plain=to_plain(compress(config, tell)))
+
+
+def _prepare(config: configs.PrepareConfig) -> Outcome:
+    from offsite_ray.data import prepare
+
+    return Outcome(plain=to_plain(prepare(config, tell)))
+
+
+def _distill(config: configs.DistillConfig) -> Outcome:
+    from offsite_ray.distillation import distill
+
+    with training_progress("distill") as report:
+        result = distill(config, _fit(config), report, tell)
+    return Outcome(plain=to_plain(result))
+
+
+def _finetune(config: configs.FinetuneConfig) -> Outcome:
+    from offsite_ray.finetuning import finetune
+
+    with training_progress("finetune") as report:
+        result = finetune(config, _fit(config), report, tell)
+    return Outcome(plain=to_plain(result))
+
+
+def _fit(config: configs.TrainingConfig) -> Callable[..., Any]:
+    """Return what runs the training: this process, or the workers of Ray Train."""
+    if config.num_workers == 0:
+        from offsite_ray.training import run_here
+
+        return run_here
+    try:
+        from offsite_ray.train import run_on_ray
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "ray":
+            raise
+        raise ConfigError(
+            f"num_workers={config.num_workers} needs Ray, which is not installed; "
+            "--num-workers 0 trains in this process"
+        ) from error
+    return run_on_ray
+
+
+def _plug_in(config: configs.PlugInConfig) -> Outcome:
+    from offsite_ray.plug_in import plug_in
+
+    return Outcome(plain=to_plain(plug_in(config, tell)))
+
+
+def _evaluate(config: configs.EvaluateConfig) -> Outcome:
+    from offsite_ray.evaluation import evaluate
+    from offsite_ray.report import terminal_table, write_report
+
+    result = evaluate(config, tell)
+    if config.report is not None:
+        title = f"Offsite-tuning of {Path(config.model).resolve().name}"
+        page, _ = write_report(Path(config.report), result, title=title)
+        tell(f"wrote {page}")
+    return Outcome(plain=result.to_json(), table=terminal_table(result))
+
+
+def _inspect(config: configs.InspectConfig) -> Outcome:
+    from offsite_ray.inspection import inspect_path
+
+    return Outcome(plain=to_plain(inspect_path(config.path)))
+
+
+def _verify(config: configs.VerifyConfig) -> Outcome:
+    from offsite_ray.inspection import verify
+
+    return Outcome(plain=to_plain(verify(config)))
+
+
+def _demo(config: configs.DemoConfig) -> Outcome:
+    from offsite_ray.demo.run import run_demo
+
+    return Outcome(plain=to_plain(run_demo(config, tell)))
+
+
+VERBS: dict[str, Verb] = {
+    verb.name: verb
+    for verb in (
+        Verb(
+            "compress",
+            configs.CompressConfig,
+            "make an emulator bundle out of a full model",
+            _compress,
+        ),
+        Verb(
+            "prepare",
+            configs.PrepareConfig,
+            "tokenise text and pack it into blocks, as Parquet",
+            _prepare,
+        ),
+        Verb(
+            "distill",
+            configs.DistillConfig,
+            "train the emulator blocks to stand in for the middle",
+            _distill,
+        ),
+        Verb(
+            "finetune",
+            configs.FinetuneConfig,
+            "train the adapter blocks of a bundle, or a full model as the baseline",
+            _finetune,
+        ),
+        Verb(
+            "plug-in",
+            configs.PlugInConfig,
+            "put an adapter bundle into the full model",
+            _plug_in,
+        ),
+        Verb(
+            "evaluate",
+            configs.EvaluateConfig,
+            "measure the five settings, the bound and the gaps",
+            _evaluate,
+        ),
+        Verb(
+            "inspect",
+            configs.InspectConfig,
+            "say what is in a bundle or a model",
+            _inspect,
+        ),
+        Verb(
+            "verify",
+            configs.VerifyConfig,
+            "check that a bundle is whole and unaltered",
+            _verify,
+        ),
+        Verb(
+            "demo",
+            configs.DemoConfig,
+            "run the whole loop on this machine, without downloads",
+            _demo,
+        ),
+    )
+}
+"""Name to verb."""
