@@ -447,7 +447,7 @@ def test_a_summary_shows_units_and_no_control_characters() -> None:
     plain = {
         "bundle_bytes": 3 * 2**20, "seconds": 1.25, "peak_bytes": None, "ok": True, "ids": (0, 5),
         "name": "a\x1b[2Jb\nc", "deep": {"x": 0.123456789, "many": list(range(40))},
-        "records": [{"a": 1}],
+        "records": [{"a": 1}], "names": ["n" * 30] * 9,
     }  # fmt: skip
     assert summary(plain).splitlines() == [
         "bundle bytes  3.0 MiB",
@@ -458,8 +458,9 @@ def test_a_summary_shows_units_and_no_control_characters() -> None:
         "name          a\\x1b[2Jb\\nc",
         "deep",
         "  x     0.12346",
-        f"  many  {', '.join(map(str, range(20)))}, ... (40)",
+        f"  many  {', '.join(map(str, range(20)))}, ... (40 in all)",
         "records       1 entries; --json has them",
+        f"names         {', '.join(['n' * 30] * 3)}, ... (9 in all)",
     ]
 
 
@@ -515,19 +516,6 @@ def test_training_verbs_get_what_runs_them(
         "2 steps; 5 sequences to train on, 1 held out",
         "step 2/2  loss 1.5 (lm 2)",
     ]
-
-
-def test_without_ray_the_way_out_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Missing(types.ModuleType):
-        def __getattr__(self, name: str) -> Any:
-            raise ModuleNotFoundError(name="ray")
-
-    stand_in(monkeypatch, "offsite_ray.distillation", "distill", None)
-    monkeypatch.setitem(sys.modules, "offsite_ray.train", Missing("offsite_ray.train"))
-    assert main(["distill", *DISTILL]) == 2
-    assert "--num-workers 0 trains in this process" in capsys.readouterr().err
 
 
 def test_lines_come_every_ten_seconds_and_at_each_evaluation(

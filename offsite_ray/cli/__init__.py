@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import textwrap
@@ -78,12 +79,23 @@ def _dispatch(words: list[str], *, own: bool) -> int:
 
 def _run(verb: Verb, words: list[str], *, own: bool) -> None:
     request = parse(verb, words, VERBS)
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+    _quiet_libraries()
     with stdout_reserved(for_good=own) as stdout, warnings.catch_warnings():
         if not _wants_traceback():
             warnings.simplefilter("ignore")
         show(verb.run(request.config), stdout, as_json=request.json)
+
+
+def _quiet_libraries() -> None:
+    """Tell libraries, before they are imported, to keep their news to themselves."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    # transformers imports DeepSpeed, which sets its own level and warns where there is no GPU
+    logging.getLogger("DeepSpeed").addFilter(_is_worth_saying)
+
+
+def _is_worth_saying(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR or _wants_traceback()
 
 
 def _help() -> str:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _MOST_ENTRIES = 20
 """Entries of a nested list or mapping that a summary shows."""
+_MOST_CHARACTERS = 100
+"""Characters of a list on one line."""
 _UNITS = ("KiB", "MiB", "GiB", "TiB")
 
 
@@ -129,7 +131,8 @@ def _lines(plain: Mapping[str, Any], indent: str = "") -> list[str]:
 def _shown(key: str, value: Any) -> str:
     """Return a value for people, with the unit that its name has."""
     if value is None:
-        return "not measured" if key.endswith(("_bytes", "seconds")) else "none"
+        counted = key.startswith("num_") or key.endswith(("bytes", "seconds"))
+        return "not measured" if counted else "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int) and key.endswith("bytes"):
@@ -144,8 +147,11 @@ def _shown(key: str, value: Any) -> str:
 def _listed(values: Sequence[Any]) -> str:
     if any(isinstance(value, Mapping | list | tuple) for value in values):
         return f"{len(values)} entries; --json has them"
-    more = f", ... ({len(values)})" if len(values) > _MOST_ENTRIES else ""
-    return ", ".join(_shown("", value) for value in values[:_MOST_ENTRIES]) + more or "none"
+    shown = [_shown("", value) for value in values[:_MOST_ENTRIES]]
+    while len(shown) > 1 and len(", ".join(shown)) > _MOST_CHARACTERS:
+        shown.pop()
+    more = f", ... ({len(values)} in all)" if len(shown) < len(values) else ""
+    return ", ".join(shown) + more or "none"
 
 
 def _size(size: int) -> str:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from offsite_ray import config as configs
 from offsite_ray.cli.output import Outcome
 from offsite_ray.cli.progress import tell, training_progress
-from offsite_ray.errors import ConfigError
 from offsite_ray.results import to_plain
 
 if TYPE_CHECKING:
@@ -61,15 +60,8 @@ def _fit(config: configs.TrainingConfig) -> Callable[..., Any]:
         from offsite_ray.training import run_here
 
         return run_here
-    try:
-        from offsite_ray.train import run_on_ray
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "ray":
-            raise
-        raise ConfigError(
-            f"num_workers={config.num_workers} needs Ray, which is not installed; "
-            "--num-workers 0 trains in this process"
-        ) from error
+    from offsite_ray.train import run_on_ray
+
     return run_on_ray
 
 
