@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test shares: one thread a process, no network, one Ray cluster, real data if present.
+
+The environment is set before anything heavy is imported, because torch, transformers and Ray read
+it at import, and the processes that tests start inherit it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "180")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL_DATA = "OFFSITE_RAY_REAL_DATA"
+_NO_REASON = ("", "unconditional skip")
+
+
+def pytest_configure() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail a test that skips without saying why."""
+    report = yield
+    if report.skipped and isinstance(report.longrepr, tuple):
+        path, line, message = report.longrepr
+        if message.removeprefix("Skipped").strip(": ") in _NO_REASON:
+            report.outcome = "failed"
+            report.longrepr = f"{path}:{line}: skipped without a reason"
+    return report
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """Run a local Ray with three logical CPUs, until the last test is done."""
+    import ray
+
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Return the folder with real data and models, which is not part of the project."""
+    directory = Path(os.environ.get(REAL_DATA, ROOT.parent / "shared"))
+    if not (directory / "data").is_dir():
+        pytest.skip(f"no real data: {directory}/data does not exist; point {REAL_DATA} to it")
+    return directory
