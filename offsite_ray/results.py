@@ -21,6 +21,20 @@ SETTINGS = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RunStart:
+    """What a training run is about to do."""
+
+    total_steps: int
+    """Optimizer steps of the whole run."""
+    first_step: int
+    """Steps that a resumed run has done already."""
+    num_train: int
+    """Sequences to train on."""
+    num_held_out: int
+    """Sequences held out for evaluations."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepRecord:
     """One optimizer step."""
 
@@ -75,8 +89,8 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """``exp(nats_per_token)``."""
-        return math.exp(self.nats_per_token)
+        """``exp(nats_per_token)``; infinite where that is beyond a float."""
+        return math.exp(self.nats_per_token) if self.nats_per_token < 700 else math.inf
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +103,7 @@ class SettingResult:
 
 
 GapMetric = Literal["nats_per_token", "task_score"]
-"""What gaps are counted in: log-perplexity where text was given, else the mean score of the tasks."""
+"""What gaps are counted in: log-perplexity where text was given, else the tasks' mean score."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,7 +154,7 @@ class EvaluationResult:
 def _setting_json(setting: SettingResult) -> dict[str, Any]:
     measured = setting.perplexity
     text = {} if measured is None else to_plain(measured)
-    perplexity = None if measured is None else measured.perplexity
+    perplexity = None if measured is None else to_plain(measured.perplexity)
     return {"perplexity": perplexity, **text, "tasks": to_plain(setting.tasks)}
 
 
