@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model families: the sole owner of block lists, per-block config lists and block counts."""
+
+from offsite_ray.architectures.detection import (
+    Architecture,
+    Notice,
+    check_separable,
+    empty_model,
+    get_blocks,
+    model_class,
+    resolve_architecture,
+    set_blocks,
+)
+from offsite_ray.architectures.families import FAMILIES, Family
+from offsite_ray.architectures.loading import (
+    DTYPES,
+    config_values,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_directory,
+    quiet_transformers,
+)
+from offsite_ray.architectures.surgery import block_parameters, disk_state, kept_config
+
+__all__ = [
+    "DTYPES",
+    "FAMILIES",
+    "Architecture",
+    "Family",
+    "Notice",
+    "block_parameters",
+    "check_separable",
+    "config_values",
+    "disk_state",
+    "empty_model",
+    "get_blocks",
+    "kept_config",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "model_class",
+    "model_directory",
+    "quiet_transformers",
+    "resolve_architecture",
+    "set_blocks",
+]
