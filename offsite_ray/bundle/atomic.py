@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing so that a killed process leaves nothing half done under the final name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from typing import TYPE_CHECKING
+
+from offsite_ray.errors import StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+def check_free(out: Path) -> None:
+    """Refuse a path that is taken, before any work is done for it.
+
+    Raises:
+        StorageError: Something non-empty is there, or nothing can be written beside it.
+    """
+    if out.is_dir():
+        if any(out.iterdir()):
+            raise StorageError(f"{out} exists and is not empty; choose another --out or remove it")
+    elif out.exists() or out.is_symlink():
+        raise StorageError(f"{out} is in the way; choose another --out or remove it")
+
+
+@contextlib.contextmanager
+def atomic_directory(out: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of ``out`` that takes its name when the block ends well.
+
+    On any exception, an interrupt among them, the sibling is removed.
+
+    Raises:
+        StorageError: ``out`` is taken, or the file system refuses (no space, no permission).
+    """
+    check_free(out)
+    tmp = out.parent / f".{out.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tmp.mkdir()
+        yield tmp
+        _sync_tree(tmp)
+        if out.is_dir():
+            out.rmdir()
+        tmp.rename(out)
+        _sync(out.parent)
+    except OSError as error:
+        raise storage_error(out, error) from error
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_file(out: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of the file ``out`` that replaces it when the block ends well."""
+    tmp = out.parent / f".{out.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield tmp
+        _sync(tmp)
+        tmp.replace(out)
+    except OSError as error:
+        raise storage_error(out, error) from error
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """Return what the operating system refused, as one line."""
+    where = error.filename or path
+    return StorageError(f"{where}: {error.strerror or error}; nothing was left at {path}")
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Hard-link a file, or copy it where the file system cannot link."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _sync_tree(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        if path.is_file():
+            _sync(path)
+    _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fingerprint of a full model: by which an adapter finds back to the model it is for.
+
+It holds a digest of the config, one of every tensor's name, dtype and shape, one for each tensor
+that a bundle carries, and one over a fixed sample of bytes of every other tensor. Fine-tuning moves
+nearly every weight, so a sample tells another version of a model apart at the cost of a few reads.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import blake3
+
+from offsite_ray.architectures import config_values
+from offsite_ray.bundle.digest import digest_bytes, digest_plain
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from offsite_ray.bundle.shards import TensorDirectory
+
+_SAMPLE_WINDOWS = 16
+_SAMPLE_WINDOW_BYTES = 256
+
+_VOLATILE = frozenset({"_name_or_path", "transformers_version", "use_cache"})
+"""Config keys that change without the model changing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fingerprint:
+    """Digests by which a full model is known again; see the module's text."""
+
+    config: str
+    layout: str
+    """Of every tensor's name, dtype and shape."""
+    carried: Mapping[str, str]
+    """Name in the full model to digest of its bytes, of the tensors that a bundle carries."""
+    sample: str
+    """Of a fixed sample of bytes of every other tensor."""
+
+
+def fingerprint(directory: Path, weights: TensorDirectory, carried: Iterable[str]) -> Fingerprint:
+    """Return the fingerprint of the full model in ``directory``.
+
+    Args:
+        directory: The full model.
+        weights: Its tensors.
+        carried: Names of the tensors to digest whole.
+    """
+    names = sorted(carried)
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        digests = list(pool.map(lambda name: digest_bytes(weights.data(name)), names))
+    layout = {name: [info.dtype, list(info.shape)] for name, info in weights.tensors.items()}
+    return Fingerprint(
+        config=digest_plain(_stable(config_values(directory))),
+        layout=digest_plain(layout),
+        carried=dict(zip(names, digests, strict=True)),
+        sample=_sample(weights, set(weights.tensors) - set(names)),
+    )
+
+
+def difference(expected: Fingerprint, found: Fingerprint) -> str | None:
+    """Return in words what differs first between two fingerprints, or None."""
+    if expected.config != found.config:
+        return "its config.json is another"
+    if expected.layout != found.layout:
+        return "its tensors have other names, shapes or dtypes"
+    for name, digest in expected.carried.items():
+        if found.carried.get(name) != digest:
+            return f"its tensor {name!r} has other values"
+    return "its weights have other values" if expected.sample != found.sample else None
+
+
+def _stable(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _VOLATILE}
+
+
+def _sample(weights: TensorDirectory, names: Iterable[str]) -> str:
+    """Return the digest over evenly spaced windows of each tensor's bytes."""
+    hasher = blake3.blake3()
+    for name in sorted(names):
+        data = weights.data(name)
+        last = max(0, len(data) - _SAMPLE_WINDOW_BYTES)
+        starts = sorted({last * i // (_SAMPLE_WINDOWS - 1) for i in range(_SAMPLE_WINDOWS)})
+        hasher.update(name.encode())
+        for start in starts:
+            hasher.update(data[start : start + _SAMPLE_WINDOW_BYTES])
+    return hasher.hexdigest()
