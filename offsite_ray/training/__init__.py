@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training: the loop, its engine in this process, checkpoints. Ray and DeepSpeed are elsewhere."""
+
+from offsite_ray.training.engine import adamw, run_here
+from offsite_ray.training.loop import training_loop
+from offsite_ray.training.modules import (
+    LANGUAGE_MODEL,
+    LanguageModelLoss,
+    enable_checkpointing,
+    keeps_documents_apart,
+    set_dtypes,
+)
+from offsite_ray.training.progress import run_directory
+from offsite_ray.training.protocols import Engine, Fit, Report, TrainingOutcome, TrainingTask
+
+__all__ = [
+    "LANGUAGE_MODEL",
+    "Engine",
+    "Fit",
+    "LanguageModelLoss",
+    "Report",
+    "TrainingOutcome",
+    "TrainingTask",
+    "adamw",
+    "enable_checkpointing",
+    "keeps_documents_apart",
+    "run_directory",
+    "run_here",
+    "set_dtypes",
+    "training_loop",
+]

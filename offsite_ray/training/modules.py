@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Making a transformers model ready to train, and asking what its attention can do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from offsite_ray.architectures.surgery import block_model
+from offsite_ray.training.batches import sum_cross_entropy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers.configuration_utils import PretrainedConfig
+
+    from offsite_ray.architectures import Architecture
+    from offsite_ray.bundle import TensorDirectory
+
+LANGUAGE_MODEL = "language_model."
+"""Prefix of the model's own names in a module that computes its loss."""
+
+
+class LanguageModelLoss(torch.nn.Module):
+    """A causal language model that returns its summed cross-entropy as the part ``lm``."""
+
+    def __init__(self, language_model: Any, *, use_positions: bool) -> None:
+        """Wrap a transformers model; ``use_positions`` as :func:`keeps_documents_apart` says."""
+        super().__init__()
+        self.language_model = language_model
+        self._use_positions = use_positions
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return ``{"lm": loss}``, summed over the target tokens of ``(B, T)``."""
+        positions = {}
+        if self._use_positions and position_ids is not None:
+            positions["position_ids"] = position_ids
+        logits = self.language_model(input_ids=input_ids, use_cache=False, **positions).logits
+        return {"lm": sum_cross_entropy(logits, labels)}
+
+
+def set_dtypes(module: torch.nn.Module, frozen: torch.dtype) -> None:
+    """Make what trains float32 and the rest ``frozen``; ZeRO-3 has its own way and is left."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass of a transformers model."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    model.train()  # transformers only recomputes in training mode; there is no dropout to wake
+
+
+def keeps_documents_apart(
+    config: PretrainedConfig, arch: Architecture, weights: TensorDirectory
+) -> bool:
+    """Return whether positions that begin anew keep packed documents apart in this model.
+
+    Asked of the model's first block: two documents in one row must give the second the hidden
+    states that it has on its own.
+    """
+    disk = {name: weights.read(name) for name in weights.tensors if arch.block_of(name) == 0}
+    model = block_model(config, arch, [0], disk)
+    model.eval()
+    vocab = model.config.get_text_config().vocab_size
+    tokens = (torch.arange(1, 13) * 5 % vocab)[None]
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    try:
+        with torch.no_grad():
+            packed = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+            alone = model(input_ids=tokens[:, 5:], use_cache=False).logits
+    except TypeError:  # a model without position_ids
+        return False
+    return bool(torch.allclose(packed[:, 5:].float(), alone.float(), atol=1e-3, rtol=1e-2))

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what the user names as data to a prepared directory that fits the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from offsite_ray.data import PreparedData, is_prepared, open_prepared, write_blocks
+from offsite_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers.configuration_utils import PretrainedConfig
+
+    from offsite_ray.architectures import Notice
+
+_DEFAULT_SEQ_LEN = 1024
+
+
+def prepared_for(
+    sources: Sequence[str],
+    model_dir: Path,
+    config: PretrainedConfig,
+    seq_len: int | None,
+    run_dir: Path,
+    notice: Notice | None,
+) -> PreparedData:
+    """Return prepared data for a model: the user's own, or made in the run's directory.
+
+    Raises:
+        ConfigError: ``seq_len`` is more than the model has positions, or not the data's.
+        DataError: The data cannot be read, or belongs to another tokenizer.
+    """
+    longest = getattr(config, "max_position_embeddings", None) or _DEFAULT_SEQ_LEN
+    if seq_len is not None and seq_len > longest:
+        raise ConfigError(f"seq_len={seq_len} is more than the model's {longest} positions")
+    prepared = [source for source in sources if is_prepared(source)]
+    if prepared and len(sources) > 1:
+        raise ConfigError(f"{prepared[0]} is prepared data; give it alone, or prepare all together")
+    if not prepared:
+        data = run_dir / "data"
+        if not is_prepared(data):
+            length = seq_len or min(longest, _DEFAULT_SEQ_LEN)
+            write_blocks(sources, model_dir, length, data, notice)
+        return open_prepared(data.resolve(), model_dir, config.vocab_size)
+    found = open_prepared(Path(prepared[0]).resolve(), model_dir, config.vocab_size)
+    if seq_len not in (None, found.block_size) or found.block_size > longest:
+        raise ConfigError(
+            f"{prepared[0]} has blocks of {found.block_size} tokens; seq_len={seq_len} asks for "
+            f"others, and the model has {longest} positions"
+        )
+    return found
