@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tuning: the adapter blocks of a bundle, or a full model as the baseline."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from offsite_ray.adapter import write_adapter
+from offsite_ray.architectures import (
+    DTYPES,
+    Notice,
+    disk_state,
+    load_config,
+    load_model,
+    resolve_architecture,
+)
+from offsite_ray.bundle import TensorDirectory, atomic_directory, check_free, rewrite_model
+from offsite_ray.data import PreparedData, TokenBlocks, split_blocks
+from offsite_ray.emulator import (
+    open_bundle,
+    open_full_model,
+    rounded,
+    write_companions,
+)
+from offsite_ray.finetuning.host import Host, host_of_bundle, host_of_full_model
+from offsite_ray.finetuning.methods import finetuning_method
+from offsite_ray.finetuning.writing import write_plugged_in
+from offsite_ray.results import TrainingHistory, to_plain
+from offsite_ray.training import (
+    LANGUAGE_MODEL,
+    Fit,
+    LanguageModelLoss,
+    Report,
+    TrainingOutcome,
+    enable_checkpointing,
+    keeps_documents_apart,
+    run_directory,
+    set_dtypes,
+)
+from offsite_ray.training.sources import prepared_for
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
+
+    from offsite_ray.config import FinetuneConfig
+    from offsite_ray.emulator import EmulatorBundle
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneTask:
+    """A language model of which some part trains. Plain values: it is shipped to workers."""
+
+    model: str
+    """Directory of the model."""
+    model_id: str
+    """Id of the bundle, or the path of the baseline's full model."""
+    blocks: str | None
+    """Path of the block list, where the table has no row."""
+    indices: tuple[int, ...] | None
+    """Blocks to train, as the model numbers them; None: everything, embeddings too."""
+    config: FinetuneConfig
+    data: PreparedData
+    use_positions: bool
+    loss_weights: Mapping[str, float] = field(default_factory=lambda: {"lm": 1.0})
+    loss_units: Mapping[str, Literal["token", "sequence"]] = field(
+        default_factory=lambda: {"lm": "token"}
+    )
+
+    def build(self, device: torch.device) -> nn.Module:
+        """Return the model with its loss, on ``device``."""
+        compute = DTYPES[self.config.dtype]
+        stored = None if compute is torch.bfloat16 else compute
+        model = load_model(self.model, dtype=stored, dropout=False)
+        arch = resolve_architecture(load_config(self.model), self.blocks)
+        model.requires_grad_(self.indices is None)
+        if self.indices is not None:
+            method = finetuning_method(self.config.method)
+            method.prepare(model, arch, self.indices, self.config)
+        set_dtypes(model, compute)
+        if self.config.gradient_checkpointing:
+            enable_checkpointing(model)
+        return LanguageModelLoss(model, use_positions=self.use_positions).to(device)
+
+    def datasets(self) -> tuple[TokenBlocks, TokenBlocks]:
+        """Return the rows to train on and the held-out ones."""
+        return split_blocks(self.data.path, self.config.eval_fraction, self.config.seed)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what a checkpoint must agree on to be resumed."""
+        return {
+            "model": self.model_id,
+            "indices": self.indices,
+            "data": [self.data.num_blocks, self.data.block_size, self.data.tokenizer],
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneResult:
+    """What ``finetune`` made."""
+
+    out: str
+    id: str | None
+    """Id of the adapter bundle; None for the baseline, which is an ordinary model directory."""
+    method: str
+    num_trained: int
+    """Parameters that were trained."""
+    first_loss: float | None
+    """Held-out loss before the first step, nats per token."""
+    last_loss: float | None
+    """Held-out loss after the last."""
+    history: TrainingHistory
+    seconds: float
+
+
+def finetune(
+    config: FinetuneConfig, fit: Fit, report: Report, notice: Notice | None = None
+) -> FinetuneResult:
+    """Train the adapter blocks of a bundle (or the full model, as the baseline).
+
+    Args:
+        config: What to train, on what, how.
+        fit: Runs the training: in this process or on Ray.
+        report: Told of each step and evaluation.
+        notice: Told what is unusual but not wrong.
+
+    Raises:
+        OffsiteError: Bundle, data or method cannot be used; nothing is left behind.
+    """
+    start = time.perf_counter()
+    out = Path(config.out)
+    check_free(out)
+    finetuning_method(config.method)
+    bundle = open_bundle(config.bundle) if config.bundle is not None else None
+    host = (
+        host_of_bundle(bundle)
+        if bundle
+        else host_of_full_model(open_full_model(config.model or ""))
+    )
+    with run_directory(out, config.resume) as run_dir:
+        task = _task(config, host, bundle, run_dir, notice)
+        outcome = fit(task, config, run_dir, report)
+        state = {n.removeprefix(LANGUAGE_MODEL): t for n, t in outcome.state.items()}
+        recipe = to_plain(config)
+        measured = {
+            "seconds": outcome.history.seconds,
+            "peak_memory_bytes": outcome.history.peak_memory_bytes,
+            "num_trained": sum(tensor.numel() for tensor in state.values()),
+        }
+        if bundle is None:
+            _write_baseline(out, state, host, config, whole=task.indices is None)
+            bundle_id = None
+        else:
+            method = finetuning_method(config.method)
+            bundle_id = write_adapter(
+                bundle, out, lambda tmp: method.save(tmp, state, host, config), recipe, measured
+            ).id
+    return _result(config, bundle_id, outcome, time.perf_counter() - start)
+
+
+def _task(
+    config: FinetuneConfig,
+    host: Host,
+    bundle: EmulatorBundle | None,
+    run_dir: Path,
+    notice: Notice | None,
+) -> FinetuneTask:
+    apart = keeps_documents_apart(host.config, host.arch, host.weights)
+    if not apart and notice is not None:
+        notice(
+            f"the attention of {host.config.model_type} cannot keep the documents in a block apart: "
+            "each also sees those before it"
+        )
+    recognised = host.arch.recognised == "table"
+    whole = bundle is None and config.method == "full"
+    return FinetuneTask(
+        model=str(host.path.resolve()),
+        model_id=bundle.manifest.id if bundle else str(host.path),
+        blocks=None if recognised else host.arch.family.blocks,
+        indices=None if whole else tuple(host.positions.values()),
+        config=config,
+        data=prepared_for(config.data, host.path, host.config, config.seq_len, run_dir, notice),
+        use_positions=apart,
+    )
+
+
+def _write_baseline(
+    out: Path, state: Mapping[str, Tensor], host: Host, config: FinetuneConfig, *, whole: bool
+) -> None:
+    """Write the fine-tuned full model: all of it, or with the method's tensors merged."""
+    with atomic_directory(out) as tmp:
+        if whole:
+            disk = disk_state(host.config, host.arch, state, host.weights.tensors)
+            stored = {n: rounded(n, t, host.weights.tensors[n].dtype) for n, t in disk.items()}
+            rewrite_model(host.path, tmp, stored)
+            write_companions(host.path, tmp, None)
+            return
+        method = finetuning_method(config.method)
+        with tempfile.TemporaryDirectory(dir=out.parent) as saved:
+            files = method.save(Path(saved), state, host, config)
+            tensors = [Path(saved) / name for name in files if name.endswith(".safetensors")]
+            write_plugged_in(tmp, host, method, Path(saved), TensorDirectory(tensors))
+
+
+def _result(
+    config: FinetuneConfig, bundle_id: str | None, outcome: TrainingOutcome, seconds: float
+) -> FinetuneResult:
+    evaluations = outcome.history.evaluations
+    return FinetuneResult(
+        out=config.out,
+        id=bundle_id,
+        method=config.method,
+        num_trained=sum(tensor.numel() for tensor in outcome.state.values()),
+        first_loss=evaluations[0].losses["lm"] if evaluations else None,
+        last_loss=evaluations[-1].losses["lm"] if evaluations else None,
+        history=outcome.history,
+        seconds=seconds,
+    )

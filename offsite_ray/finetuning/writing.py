@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing a model with trained tensors in it: plug-in, and the baseline's result."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from offsite_ray.architectures import config_values
+from offsite_ray.architectures.bottleneck import BOTTLENECK_FILE, BOTTLENECK_TYPE
+from offsite_ray.bundle import TensorDirectory, digest_file, rewrite_model, specs, write_file
+from offsite_ray.emulator import write_companions
+from offsite_ray.errors import IntegrityError, PlugInError
+from offsite_ray.finetuning.methods import FinetuningMethod, Replacements, bottleneck_tensors
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from offsite_ray.finetuning.host import Host
+
+
+def write_plugged_in(
+    directory: Path, host: Host, method: FinetuningMethod, path: Path, saved: TensorDirectory
+) -> tuple[dict[str, str], list[str]]:
+    """Write a model with trained tensors in it; return file digests and replaced names."""
+    if method.replacements is None:
+        return _write_bottleneck(directory, host, path, saved), []
+    replacements = checked_replacements(method, path, saved, host)
+    files = rewrite_model(host.path, directory, replacements)
+    files |= write_companions(host.path, directory, None)
+    return files, sorted(replacements)
+
+
+def checked_replacements(
+    method: FinetuningMethod, path: Path, saved: TensorDirectory, host: Host
+) -> Replacements:
+    """Return a method\'s replacements; what it cannot use is refused as :class:`PlugInError`."""
+    if method.replacements is None:
+        return {}
+    try:
+        return method.replacements(path, saved, host)
+    except IntegrityError as error:
+        raise PlugInError(str(error)) from error
+
+
+def _write_bottleneck(
+    directory: Path, host: Host, path: Path, saved: TensorDirectory
+) -> dict[str, str]:
+    """Write the model unchanged with the bottlenecks beside it, and a config that says so."""
+    tensors = bottleneck_tensors(path, saved, host)
+    files = rewrite_model(host.path, directory, {})
+    files |= write_companions(host.path, directory, None)
+    files[BOTTLENECK_FILE] = write_file(directory / BOTTLENECK_FILE, specs(tensors))
+    config = directory / "config.json"
+    values = {
+        "model_type": BOTTLENECK_TYPE,
+        "architectures": ["OffsiteBottleneckModel"],
+        "base_config": config_values(host.path),
+    }
+    config.unlink()
+    config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    files["config.json"] = digest_file(config)
+    return files

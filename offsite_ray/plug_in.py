@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plug-in: put an adapter bundle into the full model, on disk or in memory.
+
+What comes from the data owner is checked against the full model before anything is written: the
+fingerprint, the plan, and the name, shape, dtype and finiteness of every tensor. Trained tensors
+have the full model's stored dtype already; LoRA is merged in float32 and rounded to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from offsite_ray.adapter import AdapterBundle, open_adapter
+from offsite_ray.architectures import Notice, block_parameters
+from offsite_ray.architectures.bottleneck import detach_bottlenecks, set_bottlenecks
+from offsite_ray.bundle import Manifest, atomic_directory, check_free, write_manifest
+from offsite_ray.emulator import blocks_path, check_fits, open_full_model
+from offsite_ray.finetuning.host import Host, host_of_full_model
+from offsite_ray.finetuning.methods import bottleneck_tensors, finetuning_method
+from offsite_ray.finetuning.writing import checked_replacements, write_plugged_in
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+    from offsite_ray.config import PlugInConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlugInResult:
+    """What ``plug-in`` made."""
+
+    out: str
+    id: str
+    adapter: str
+    """Id of the adapter bundle."""
+    method: str
+    replaced: tuple[str, ...]
+    """Names of the replaced tensors; empty for adapters that stay beside the weights."""
+    seconds: float
+
+
+def plug_in(config: PlugInConfig, notice: Notice | None = None) -> PlugInResult:
+    """Write the full model with an adapter bundle plugged in.
+
+    Args:
+        config: Which adapter into which model.
+        notice: With ``config.verbose``, told of each replaced tensor.
+
+    Raises:
+        PlugInError: The adapter does not fit the full model; nothing is written.
+        BundleError: It is no adapter bundle, or one that was altered.
+    """
+    start = time.perf_counter()
+    out = Path(config.out)
+    check_free(out)
+    adapter = open_adapter(config.adapter)
+    full = open_full_model(config.model, blocks_path(adapter.manifest))
+    check_fits(adapter.path, adapter.manifest, full)
+    host = host_of_full_model(full, adapter.plan)
+    method = finetuning_method(adapter.method)
+    with atomic_directory(out) as tmp:
+        files, replaced = write_plugged_in(tmp, host, method, adapter.path, adapter.weights)
+        manifest = Manifest(
+            kind="plugged_in_model",
+            model=adapter.manifest.model,
+            plan=adapter.plan,
+            full_model=adapter.manifest.full_model,
+            files=files,
+            recipe={**adapter.manifest.recipe, "plug_in": {"adapter": adapter.manifest.id}},
+            dtypes=adapter.manifest.dtypes,
+            trained_against=adapter.manifest.trained_against,
+            measured={"seconds": time.perf_counter() - start},
+        )
+        manifest = write_manifest(tmp, manifest)
+    if config.verbose and notice is not None:
+        for name in replaced:
+            info = full.weights.tensors[name]
+            notice(f"replaced {name} ({info.dtype} {list(info.shape)})")
+    return PlugInResult(
+        out=str(out),
+        id=manifest.id,
+        adapter=adapter.manifest.id,
+        method=method.name,
+        replaced=tuple(replaced),
+        seconds=time.perf_counter() - start,
+    )
+
+
+@contextlib.contextmanager
+def applied(model: PreTrainedModel, host: Host, adapter: AdapterBundle) -> Iterator[None]:
+    """Put an adapter into a model in memory, and take it out again at the end.
+
+    Args:
+        model: The model of ``host``, loaded in any dtype; the adapter's stored values are cast.
+        host: The full model or the emulator model on disk.
+        adapter: Already checked against the full model, or trained against the emulator's bundle.
+    """
+    method = finetuning_method(adapter.method)
+    if method.replacements is None:
+        tensors = bottleneck_tensors(adapter.path, adapter.weights, host)
+        indices, handles = set_bottlenecks(model, host.arch, tensors)
+        try:
+            yield
+        finally:
+            detach_bottlenecks(model, host.arch, indices, handles)
+        return
+    replaced = checked_replacements(method, adapter.path, adapter.weights, host)
+    disk = {
+        name: replaced[name]() if name in replaced else host.weights.read(name)
+        for name in host.weights.tensors
+        if host.arch.block_of(name) in host.positions.values()
+    }
+    new = block_parameters(host.config, host.arch, disk)
+    parameters = {n: p for n, p in model.named_parameters() if n in new}
+    old = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = new[name].to(parameter.device, parameter.dtype)
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = old[name]
