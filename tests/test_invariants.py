@@ -1,0 +1,450 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Invariants 1 to 4 for every family, with stock transformers, PEFT and safetensors as judges."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from offsite_ray.architectures import load_model
+from offsite_ray.config import CompressConfig, PlugInConfig
+from offsite_ray.emulator import compress
+from offsite_ray.errors import BundleError, ConfigError, IntegrityError, PlugInError
+from offsite_ray.plug_in import PlugInResult, plug_in
+from tests.adapters import METHODS, make_adapter
+from tests.damage import edit_tensors, reseal
+from tests.tiny_models import FAMILIES, NUM_BLOCKS, save_tiny
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+_AutoModel: Any = AutoModelForCausalLM
+
+TOKENS = (torch.arange(24) * 7 % 97 + 1).view(2, 12)
+"""Longer than the tiny models' sliding windows; never the end of the text."""
+
+CUT = "adapter=0,3,5 emulator=1,4"
+KEPT = (0, 1, 3, 4, 5)
+"""The plan of most tests, and the blocks that it keeps."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family's tiny full model, loaded by stock transformers, and a bundle that drops a block."""
+
+    family: str
+    root: Path
+    model: Path
+    bundle: Path
+    full: PreTrainedModel
+    logits: Tensor
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    family = request.param
+    root = tmp_path_factory.mktemp(family)
+    model = save_tiny(family, root / "full")
+    cut(model, CUT, root / "bundle")
+    full = stock(model)
+    return Case(family, root, model, root / "bundle", full, logits_of(full))
+
+
+def cut(model: Path, plan: str, out: Path) -> Path:
+    compress(CompressConfig(model=str(model), plan=plan, out=str(out)))
+    return out
+
+
+def plug(model: Path, adapter: Path, out: Path) -> PlugInResult:
+    return plug_in(PlugInConfig(model=str(model), adapter=str(adapter), out=str(out)))
+
+
+def stock(directory: Path) -> PreTrainedModel:
+    """Load as anybody would; whatever is missing, unknown or of another shape fails the test."""
+    model, info = _AutoModel.from_pretrained(str(directory), dtype="auto", output_loading_info=True)
+    assert not any(info.values()), info
+    model.eval()
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:
+    logits: Tensor = model(tokens, use_cache=False).logits
+    return logits
+
+
+def blocks_in(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the list of blocks without the help of the package's table."""
+    base = model.base_model
+    owner = getattr(base, "decoder", base)
+    blocks = owner.h if hasattr(owner, "h") else owner.layers
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
+
+
+def put_blocks(model: PreTrainedModel, blocks: nn.ModuleList) -> None:
+    base = model.base_model
+    owner = getattr(base, "decoder", base)
+    setattr(owner, "h" if hasattr(owner, "h") else "layers", blocks)
+
+
+def stored(directory: Path) -> dict[str, Tensor]:
+    """Return every tensor of a model directory, read by the safetensors library."""
+    files = [path for path in directory.glob("*.safetensors") if "bottleneck" not in path.name]
+    return {name: tensor for path in files for name, tensor in load_file(path).items()}
+
+
+def same_bytes(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return list(map(sorted, (found, expected))) == [sorted(expected)] * 2 and all(
+        found[name].dtype == tensor.dtype
+        and found[name].shape == tensor.shape
+        and torch.equal(
+            found[name].contiguous().flatten().view(torch.uint8),
+            tensor.contiguous().flatten().view(torch.uint8),
+        )
+        for name, tensor in expected.items()
+    )
+
+
+def block_index(name: str) -> int | None:
+    match = re.search(r"(?:^|\.)(?:h|layers)\.(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
+# Invariant 1: keep every block
+
+
+@pytest.mark.parametrize(
+    "plan", ["2-2-2", "0-4-2", "3-3-0", "adapter=0,3,5 emulator=1,2,4", "adapter=0-5 emulator="]
+)
+def test_keeping_every_block_keeps_every_logit(case: Case, tmp_path: Path, plan: str) -> None:
+    whole = cut(case.model, plan, tmp_path / "whole")
+    assert torch.equal(logits_of(load_model(whole)), case.logits)
+    assert same_bytes(stored(whole), stored(case.model))
+
+
+# What the emulator computes: the full model in memory, its list of blocks sliced by hand
+
+
+@pytest.mark.parametrize(
+    ("plan", "kept"),
+    [
+        (CUT, KEPT),
+        ("1-2-1", (0, 1, 4, 5)),
+        ("adapter=2,4 emulator=5", (2, 4, 5)),
+        ("0-1-1", (2, 5)),
+        ("2-0-1", (0, 1, 5)),
+    ],
+)
+def test_an_emulator_is_the_full_model_without_the_dropped_blocks(
+    case: Case, tmp_path: Path, plan: str, kept: tuple[int, ...]
+) -> None:
+    emulator = stock(cut(case.model, plan, tmp_path / "bundle"))
+    sliced = stock(case.model)
+    put_blocks(sliced, nn.ModuleList(blocks_in(sliced)[index] for index in kept))
+    for name in ("layer_types", "no_rope_layers"):
+        if (per_block := getattr(sliced.config, name, None)) is not None:
+            setattr(sliced.config, name, [per_block[index] for index in kept])
+            assert getattr(emulator.config, name) == getattr(sliced.config, name)
+    sliced.config.num_hidden_layers = len(kept)
+    assert emulator.config.num_hidden_layers == len(kept) == len(blocks_in(emulator))
+    assert torch.equal(logits_of(emulator), logits_of(sliced))
+    assert not torch.equal(logits_of(emulator), case.logits)
+
+
+def test_a_bundle_holds_nothing_of_a_dropped_block(case: Case) -> None:
+    full, bundle = stored(case.model), stored(case.bundle)
+    expected = {name: tensor for name, tensor in full.items() if block_index(name) != 2}
+    values = {tensor.numpy().tobytes() for tensor in bundle.values()}
+    assert values == {tensor.numpy().tobytes() for tensor in expected.values()}
+    assert {block_index(name) for name in bundle} == {None, *range(len(KEPT))}
+    assert len(bundle) == len(expected) < len(full)
+
+
+# Invariant 2: plug in what was not trained
+
+
+def has_bias(case: Case) -> bool:
+    names = [name for name in stored(case.model) if block_index(name) is not None]
+    return any(name.endswith("bias") for name in names)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_untrained_adapter_changes_nothing(case: Case, tmp_path: Path, method: str) -> None:
+    if method == "bitfit" and not has_bias(case):
+        with pytest.raises(ConfigError, match="bias"):
+            make_adapter(case.bundle, tmp_path / "adapter", method=method)
+        return
+    make_adapter(case.bundle, tmp_path / "adapter", method=method)
+    plug(case.model, tmp_path / "adapter", tmp_path / "plugged")
+    assert same_bytes(stored(tmp_path / "plugged"), stored(case.model))
+    assert torch.equal(logits_of(load_model(tmp_path / "plugged")), case.logits)
+    if method != "bottleneck":
+        assert torch.equal(logits_of(stock(tmp_path / "plugged")), case.logits)
+
+
+# What a plugged-in model computes
+
+
+def test_a_trained_adapter_is_the_full_model_with_these_blocks(case: Case, tmp_path: Path) -> None:
+    trained = make_adapter(case.bundle, tmp_path / "adapter", noise=0.05)
+    result = plug(case.model, tmp_path / "adapter", tmp_path / "plugged")
+    expected = stock(case.model)
+    for index in (0, 3, 5):
+        block = blocks_in(trained)[KEPT.index(index)]
+        blocks_in(expected)[index].load_state_dict(block.state_dict())
+    plugged = stock(tmp_path / "plugged")
+    assert torch.equal(logits_of(plugged), logits_of(expected))
+    assert not torch.equal(logits_of(plugged), case.logits)
+    before, after = stored(case.model), stored(tmp_path / "plugged")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == set(result.replaced) == {n for n in before if block_index(n) in (0, 3, 5)}
+
+
+def test_stock_peft_computes_what_a_plugged_in_lora_does(case: Case, tmp_path: Path) -> None:
+    make_adapter(case.bundle, tmp_path / "adapter", method="lora", noise=0.1)
+    plug(case.model, tmp_path / "adapter", tmp_path / "plugged")
+    plugged = logits_of(stock(tmp_path / "plugged"))
+    with_peft: Any = PeftModel.from_pretrained(stock(case.model), str(tmp_path / "adapter"))
+    torch.testing.assert_close(plugged, logits_of(with_peft), atol=1e-4, rtol=1e-4)
+    assert (plugged - case.logits).abs().max() > 1e-2
+
+
+# Invariant 3: stock transformers
+
+
+def greedy(model: PreTrainedModel, *, use_cache: bool) -> list[list[int]]:
+    generate: Any = model.generate
+    tokens: list[list[int]] = generate(
+        TOKENS,
+        attention_mask=torch.ones_like(TOKENS),
+        do_sample=False,
+        min_new_tokens=8,
+        max_new_tokens=8,
+        use_cache=use_cache,
+    ).tolist()
+    return tokens
+
+
+def check_stock_model(directory: Path, blocks: int, *, tied: bool) -> None:
+    model = stock(directory)
+    assert torch.equal(logits_of(model), logits_of(load_model(directory)))
+    with_cache = greedy(model, use_cache=True)
+    assert len(with_cache[0]) == TOKENS.shape[1] + 8
+    assert with_cache == greedy(model, use_cache=False)
+    assert model.config.num_hidden_layers == len(blocks_in(model)) == blocks
+    for position, block in enumerate(blocks_in(model)):
+        numbers = {m.layer_idx for m in block.modules() if hasattr(m, "layer_idx")}
+        assert numbers == {position}
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert embeddings is not None
+    assert head is not None
+    assert (embeddings.weight is head.weight) is tied
+
+
+def test_a_bundle_is_a_stock_model(case: Case) -> None:
+    tied = FAMILIES[case.family]["tie_word_embeddings"]
+    check_stock_model(case.bundle, len(KEPT), tied=tied)
+
+
+def test_a_plugged_in_model_is_a_stock_model(case: Case, tmp_path: Path) -> None:
+    make_adapter(case.bundle, tmp_path / "adapter", noise=0.05)
+    plug(case.model, tmp_path / "adapter", tmp_path / "plugged")
+    tied = FAMILIES[case.family]["tie_word_embeddings"]
+    check_stock_model(tmp_path / "plugged", NUM_BLOCKS, tied=tied)
+
+
+# Invariant 4: what does not fit is refused, and nothing is written
+
+
+@pytest.fixture
+def adapter(case: Case, tmp_path: Path) -> Path:
+    make_adapter(case.bundle, tmp_path / "adapter", noise=0.05)
+    return tmp_path / "adapter"
+
+
+def refused(
+    model: Path, adapter: Path, error: type[BundleError] = PlugInError, match: str = ""
+) -> None:
+    parent = adapter.parent / "results"
+    parent.mkdir()
+    with pytest.raises(error, match=match):
+        plug(model, adapter, parent / "plugged")
+    assert list(parent.iterdir()) == []
+
+
+def test_the_wrong_base_is_refused(case: Case, tmp_path: Path, adapter: Path) -> None:
+    other = save_tiny(case.family, tmp_path / "other", seed=1)
+    refused(other, adapter, match="is not the model")
+
+
+def test_an_altered_dropped_block_is_another_base(
+    case: Case, tmp_path: Path, adapter: Path
+) -> None:
+    other = save_tiny(case.family, tmp_path / "other")
+    name = max(n for n in stored(other) if block_index(n) == 2)
+    edit_tensors(other / "model.safetensors", lambda tensors: tensors[name].mul_(1.01))
+    refused(other, adapter, match="other values")
+
+
+def test_an_adapter_of_another_family_is_refused(tmp_path: Path, adapter: Path) -> None:
+    family = json.loads((adapter / "offsite.json").read_text(encoding="utf-8"))["model"]["family"]
+    other = "gpt2" if family == "llama" else "llama"
+    refused(save_tiny(other, tmp_path / "other"), adapter, match=f"{family}.*{other}")
+
+
+def test_a_model_of_another_depth_is_refused(case: Case, tmp_path: Path, adapter: Path) -> None:
+    other = save_tiny(case.family, tmp_path / "other", num_hidden_layers=NUM_BLOCKS + 1)
+    refused(other, adapter, match="7")
+
+
+def _first(tensors: dict[str, Tensor]) -> str:
+    return min(name for name, tensor in tensors.items() if tensor.ndim == 2)
+
+
+def _shape(tensors: dict[str, Tensor]) -> None:
+    tensors[_first(tensors)] = tensors[_first(tensors)][1:]
+
+
+def _dtype(tensors: dict[str, Tensor]) -> None:
+    tensors[_first(tensors)] = tensors[_first(tensors)].to(torch.bfloat16)
+
+
+def _missing(tensors: dict[str, Tensor]) -> None:
+    del tensors[_first(tensors)]
+
+
+def _extra(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{_first(tensors)}s"] = torch.zeros(2)
+
+
+def _middle(tensors: dict[str, Tensor]) -> None:
+    tensors[_first(tensors).replace(".0.", ".2.", 1)] = tensors[_first(tensors)].clone()
+
+
+def _moved(tensors: dict[str, Tensor]) -> None:
+    name = _first(tensors)
+    tensors[name.replace(".0.", ".1.", 1)] = tensors.pop(name)
+
+
+def _value(value: float) -> Callable[[dict[str, Tensor]], None]:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors[_first(tensors)][-1, -1] = value
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        pytest.param(_shape, "where the model has", id="shape"),
+        pytest.param(_dtype, "BF16.*F32", id="dtype"),
+        pytest.param(_missing, "lacks", id="missing"),
+        pytest.param(_extra, "holds", id="extra"),
+        pytest.param(_middle, "holds", id="of-the-middle"),
+        pytest.param(_moved, "lacks", id="of-another-block"),
+        pytest.param(_value(float("nan")), "not finite", id="nan"),
+        pytest.param(_value(float("-inf")), "not finite", id="infinite"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(
+    case: Case, adapter: Path, edit: Callable[[dict[str, Tensor]], None], match: str
+) -> None:
+    edit_tensors(adapter / "adapter.safetensors", edit)
+    reseal(adapter)
+    refused(case.model, adapter, match=match)
+
+
+def test_another_plan_is_refused(case: Case, adapter: Path) -> None:
+    def other_blocks(manifest: dict[str, Any]) -> None:
+        manifest["plan"] |= {
+            "adapter": [0, 2, 5],
+            "emulator": [1, 4],
+            "kept": [0, 1, 2, 4, 5],
+            "text": "adapter=0,2,5 emulator=1,4",
+        }
+
+    reseal(adapter, other_blocks)
+    refused(case.model, adapter, match="lacks")
+
+
+def test_an_altered_adapter_is_refused(case: Case, adapter: Path) -> None:
+    edit_tensors(adapter / "adapter.safetensors", _value(0.0))
+    refused(case.model, adapter, IntegrityError, match="altered")
+
+
+# Checkpoints as they come: half precision, several files, names without the base model's prefix
+
+
+def rename_on_disk(directory: Path, old: str, new: str) -> None:
+    file = directory / "model.safetensors"
+    tensors = {re.sub(old, new, name): tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def check_round_trip(model: Path, tmp_path: Path) -> None:
+    """Keep all, cut, plug in untrained and trained: as with a plain checkpoint."""
+    full = stock(model)
+    whole = cut(model, "2-2-2", tmp_path / "whole")
+    assert torch.equal(logits_of(stock(whole)), logits_of(full))
+    bundle = cut(model, CUT, tmp_path / "bundle")
+    sliced = stock(bundle)
+    for position, index in enumerate(KEPT):
+        ours, theirs = (
+            b.state_dict() for b in (blocks_in(sliced)[position], blocks_in(full)[index])
+        )
+        assert same_bytes(dict(ours), dict(theirs))
+    for method in ("full", "lora"):
+        make_adapter(bundle, tmp_path / f"adapter-{method}", method=method)
+        plug(model, tmp_path / f"adapter-{method}", tmp_path / f"plugged-{method}")
+        assert same_bytes(stored(tmp_path / f"plugged-{method}"), stored(model))
+        assert torch.equal(logits_of(stock(tmp_path / f"plugged-{method}")), logits_of(full))
+    trained = make_adapter(bundle, tmp_path / "trained", noise=0.05)
+    plug(model, tmp_path / "trained", tmp_path / "plugged-trained")
+    for index in (0, 3, 5):
+        block = blocks_in(trained)[KEPT.index(index)]
+        blocks_in(full)[index].load_state_dict(block.state_dict())
+    assert torch.equal(logits_of(stock(tmp_path / "plugged-trained")), logits_of(full))
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_half_precision_in_several_files(family: str, tmp_path: Path) -> None:
+    model = save_tiny(family, tmp_path / "full", dtype=torch.bfloat16, max_shard_size=20_000)
+    assert len(list(model.glob("*.safetensors"))) > 2
+    assert (model / "model.safetensors.index.json").is_file()
+    check_round_trip(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix", "example"),
+    [
+        ("gpt2", r"^transformer\.", "h.0.ln_1.weight"),
+        ("bloom", r"^transformer\.", "h.0.input_layernorm.weight"),
+        ("opt", r"^model\.", "decoder.layers.0.fc1.weight"),
+        ("falcon", r"^transformer\.", "h.0.mlp.dense_h_to_4h.weight"),
+        ("qwen2", r"^model\.", "layers.0.mlp.up_proj.weight"),
+    ],
+)
+def test_names_without_the_prefix_of_the_base_model(
+    family: str, prefix: str, example: str, tmp_path: Path
+) -> None:
+    model = save_tiny(family, tmp_path / "full")
+    before = logits_of(stock(model))
+    rename_on_disk(model, prefix, "")
+    assert example in stored(model)
+    assert torch.equal(logits_of(stock(model)), before)
+    check_round_trip(model, tmp_path)
