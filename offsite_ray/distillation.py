@@ -299,8 +299,8 @@ def distill(
     bundle = open_bundle(config.bundle)
     if not bundle.plan.emulator:
         raise ConfigError(
-            f"{config.bundle} keeps no emulator block ({bundle.plan.short}), so there is nothing to "
-            "distil; compress with a plan that keeps one"
+            f"{config.bundle} keeps no emulator block ({bundle.plan.short}), so there is nothing "
+            "to distil; compress with a plan that keeps one"
         )
     full = open_full_model(config.model, blocks_path(bundle.manifest))
     check_fits(bundle.path, bundle.manifest, full)

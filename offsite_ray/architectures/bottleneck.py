@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bottleneck adapters (Houlsby et al., arXiv 1902.00751): a small residual net after a block.
 
-``h + up(relu(down(h)))`` with ``down`` of shape ``(rank, hidden)`` and ``up`` of ``(hidden, rank)``,
-``up`` zero at first, so that an untrained one changes nothing. It cannot be merged into the block,
-so a plugged-in model that has one says so in its ``model_type``, which stock transformers refuses.
+``h + up(relu(down(h)))`` with ``down`` of shape ``(rank, hidden)`` and ``up`` of
+``(hidden, rank)``, zero at first, so that an untrained one changes nothing. It cannot be merged
+into the block, so a plugged-in model that has one says so in its ``model_type``, which stock
+transformers refuses.
 """
 
 from __future__ import annotations

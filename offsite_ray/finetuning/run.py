@@ -175,8 +175,8 @@ def _task(
     apart = keeps_documents_apart(host.config, host.arch, host.weights)
     if not apart and notice is not None:
         notice(
-            f"the attention of {host.config.model_type} cannot keep the documents in a block apart: "
-            "each also sees those before it"
+            f"the attention of {host.config.model_type} cannot keep the documents in a block "
+            "apart: each also sees those before it"
         )
     recognised = host.arch.recognised == "table"
     whole = bundle is None and config.method == "full"

@@ -34,7 +34,7 @@ def write_plugged_in(
 def checked_replacements(
     method: FinetuningMethod, path: Path, saved: TensorDirectory, host: Host
 ) -> Replacements:
-    """Return a method\'s replacements; what it cannot use is refused as :class:`PlugInError`."""
+    """Return a method's replacements; what it cannot use is refused as :class:`PlugInError`."""
     if method.replacements is None:
         return {}
     try:

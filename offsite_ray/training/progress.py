@@ -113,8 +113,8 @@ class Progress:
             )
         if state["world_size"] != self._engine.world_size:
             raise TrainingError(
-                f"{found[-1]} was written by {state['world_size']} workers, and its optimizer state "
-                f"is cut to that; resume with --num-workers {state['world_size']}"
+                f"{found[-1]} was written by {state['world_size']} workers, and its optimizer "
+                f"state is cut to that; resume with --num-workers {state['world_size']}"
             )
         self._engine.load(found[-1])
         history = state["history"]

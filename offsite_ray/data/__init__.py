@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to blocks of tokens: reading, tokenising, packing, and prepared Parquet directories.
+
+A row has ``input_ids``, ``labels`` (-100 where nothing is to be predicted) and ``position_ids``
+(from 0 in each document), all of ``block_size`` int32. Labels are not shifted: the one at ``t`` is
+what the logits at ``t - 1`` should predict, as in transformers.
+"""
+
+from offsite_ray.data.documents import read_documents
+from offsite_ray.data.packing import IGNORED
+from offsite_ray.data.prepared import (
+    PreparedData,
+    PrepareResult,
+    TokenBlocks,
+    is_prepared,
+    open_prepared,
+    prepare,
+    split_blocks,
+    tokenizer_digest,
+    write_blocks,
+)
+
+__all__ = [
+    "IGNORED",
+    "PrepareResult",
+    "PreparedData",
+    "TokenBlocks",
+    "is_prepared",
+    "open_prepared",
+    "prepare",
+    "read_documents",
+    "split_blocks",
+    "tokenizer_digest",
+    "write_blocks",
+]

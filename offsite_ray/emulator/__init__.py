@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Emulator bundles: made of a full model, opened, and written again after distillation.
+
+Everything happens on safetensors on disk, one tensor at a time and under the names that the full
+model's own checkpoint has, with the index of the block changed. So the full model is never held in
+memory, and what transformers does while it loads (fusing experts, adding a prefix) applies to the
+bundle as to the model.
+"""
+
+from offsite_ray.emulator.bundle import (
+    EmulatorBundle,
+    blocks_path,
+    check_fits,
+    open_bundle,
+    rounded,
+    write_distilled,
+)
+from offsite_ray.emulator.companions import write_companions
+from offsite_ray.emulator.compress import CompressResult, compress
+from offsite_ray.emulator.full_model import FullModel, open_full_model
+
+__all__ = [
+    "CompressResult",
+    "EmulatorBundle",
+    "FullModel",
+    "blocks_path",
+    "check_fits",
+    "compress",
+    "open_bundle",
+    "open_full_model",
+    "rounded",
+    "write_companions",
+    "write_distilled",
+]

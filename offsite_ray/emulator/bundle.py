@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Emulator bundles: opened, checked against a full model, written again after distillation."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from offsite_ray.architectures import Architecture, load_config, resolve_architecture
+from offsite_ray.bundle import (
+    TORCH_DTYPES,
+    Manifest,
+    TensorDirectory,
+    atomic_directory,
+    check_files,
+    check_kind,
+    difference,
+    fingerprint,
+    read_manifest,
+    rewrite_model,
+    write_manifest,
+)
+from offsite_ray.emulator.companions import write_companions
+from offsite_ray.emulator.full_model import FullModel, check_block_count
+from offsite_ray.errors import IntegrityError, PlugInError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+    from transformers.configuration_utils import PretrainedConfig
+
+    from offsite_ray.split import SplitPlan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmulatorBundle:
+    """An emulator bundle that was opened and verified."""
+
+    path: Path
+    manifest: Manifest
+    config: PretrainedConfig
+    arch: Architecture
+    """Of the emulator model: its number of blocks is that of the plan's kept ones."""
+    weights: TensorDirectory
+
+    @property
+    def plan(self) -> SplitPlan:
+        """The split plan, in absolute indices of the full model."""
+        return self.manifest.plan
+
+    def full_name(self, name: str) -> str:
+        """Return the name in the full model of a tensor of the bundle."""
+        index = self.arch.block_of(name)
+        return name if index is None else self.arch.rename(name, self.plan.kept[index])
+
+    def own_name(self, name: str) -> str:
+        """Return the name in the bundle of a tensor of the full model (of a kept block)."""
+        index = self.arch.block_of(name)
+        return name if index is None else self.arch.rename(name, self.plan.kept.index(index))
+
+
+def open_bundle(directory: str | Path) -> EmulatorBundle:
+    """Return an emulator bundle, every file of it verified.
+
+    Raises:
+        BundleError: It is no emulator bundle.
+        IntegrityError: It is not whole, was altered, or contradicts itself.
+    """
+    path = Path(directory)
+    manifest = read_manifest(path)
+    check_kind(path, manifest, "emulator_bundle")
+    check_files(path, manifest)
+    config = load_config(path)
+    arch = resolve_architecture(config, blocks_path(manifest))
+    weights = TensorDirectory.of_model(path)
+    bundle = EmulatorBundle(path=path, manifest=manifest, config=config, arch=arch, weights=weights)
+    if config.model_type != manifest.model.family or arch.num_blocks != len(manifest.plan.kept):
+        raise IntegrityError(
+            f"{path}: config.json is of a {config.model_type} of {arch.num_blocks} blocks, the "
+            f"manifest of a {manifest.model.family} of {len(manifest.plan.kept)}"
+        )
+    check_block_count(path, arch, weights)
+    odd = {bundle.full_name(n) for n in weights.tensors} ^ set(manifest.full_model.carried)
+    if odd:
+        raise IntegrityError(f"{path}: tensor {min(odd)!r} is missing or not in the manifest")
+    return bundle
+
+
+def check_fits(path: Path, manifest: Manifest, full: FullModel) -> None:
+    """Check that a bundle was made for this full model.
+
+    Raises:
+        PlugInError: Its family, its plan or its fingerprint is another's.
+    """
+    family = full.arch.family.model_type
+    if manifest.model.family != family:
+        raise PlugInError(f"{path} is for a {manifest.model.family}, {full.path} is a {family}")
+    if manifest.plan.num_blocks != full.arch.num_blocks:
+        raise PlugInError(
+            f"{path} has a plan for {manifest.plan.num_blocks} blocks, {full.path} has "
+            f"{full.arch.num_blocks}"
+        )
+    expected = manifest.full_model
+    known = [name for name in expected.carried if name in full.weights.tensors]
+    if problem := difference(expected, fingerprint(full.path, full.weights, known)):
+        raise PlugInError(f"{full.path} is not the model that {path} was made for: {problem}")
+
+
+def blocks_path(manifest: Manifest) -> str | None:
+    """Return the ``--blocks`` that a bundle was made with; None for a family in the table."""
+    return None if manifest.model.recognised == "table" else manifest.model.blocks
+
+
+def write_distilled(
+    bundle: EmulatorBundle,
+    tensors: Mapping[str, Tensor],
+    out: Path,
+    recipe: Mapping[str, Any],
+    measured: Mapping[str, Any],
+) -> Manifest:
+    """Write a bundle again with trained emulator blocks, in the dtype that they had.
+
+    Args:
+        bundle: The bundle that was trained.
+        tensors: Name on disk in the bundle to trained tensor.
+        out: Directory to write.
+        recipe: How it was distilled.
+        measured: Figures of the run.
+    """
+    replacements = {
+        name: rounded(name, tensor, bundle.weights.tensors[name].dtype)
+        for name, tensor in tensors.items()
+    }
+    with atomic_directory(out) as tmp:
+        files = rewrite_model(bundle.path, tmp, replacements)
+        files |= write_companions(bundle.path, tmp, None)
+        manifest = dataclasses.replace(
+            bundle.manifest,
+            files=files,
+            recipe={**bundle.manifest.recipe, "distillation": dict(recipe)},
+            measured={**bundle.manifest.measured, **measured},
+            created="",
+        )
+        return write_manifest(tmp, manifest)
+
+
+def rounded(name: str, tensor: Tensor, dtype: str) -> Callable[[], Tensor]:
+    """Return what gives the tensor in a stored dtype, rounded to nearest.
+
+    Raises:
+        IntegrityError: A value is not finite, or beyond what the dtype holds.
+    """
+
+    def stored() -> Tensor:
+        result = tensor.detach().cpu().to(TORCH_DTYPES[dtype])
+        if not bool(torch.isfinite(result).all()):
+            raise IntegrityError(
+                f"tensor {name!r} holds a value that is not finite in {dtype}; nothing was written"
+            )
+        return result
+
+    return stored

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compress: make an emulator bundle out of a full model."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offsite_ray.architectures import Notice, check_separable, kept_config
+from offsite_ray.bundle import (
+    DTYPE_NAMES,
+    Manifest,
+    ModelFacts,
+    TensorDirectory,
+    TensorSpec,
+    atomic_directory,
+    check_free,
+    fingerprint,
+    write_manifest,
+    write_model,
+)
+from offsite_ray.bundle.shards import tensor_bytes
+from offsite_ray.compression import Compression, compression_method
+from offsite_ray.emulator.companions import write_companions
+from offsite_ray.emulator.full_model import FullModel, check_by_example, open_full_model
+from offsite_ray.selection import selection_method
+from offsite_ray.split import SplitPlan, parse_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from offsite_ray.config import CompressConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompressResult:
+    """What ``compress`` made."""
+
+    out: str
+    id: str
+    plan: str
+    adapter: tuple[int, ...]
+    emulator: tuple[int, ...]
+    num_blocks: int
+    bundle_bytes: int
+    full_model_bytes: int
+    seconds: float
+
+
+def compress(config: CompressConfig, notice: Notice | None = None) -> CompressResult:
+    """Make an emulator bundle out of a full model.
+
+    Args:
+        config: What to make of which model.
+        notice: Told what is unusual but not wrong.
+
+    Raises:
+        OffsiteError: The model, the plan or a method cannot be used; nothing is left behind.
+    """
+    start = time.perf_counter()
+    out = Path(config.out)
+    check_free(out)
+    compression = compression_method(config.compress)
+    full = open_full_model(config.model, config.blocks, notice)
+    plan = parse_plan(config.plan, full.arch.num_blocks, selection_method(config.select))
+    check_separable(full.config, full.arch, plan)
+    if full.arch.recognised != "table":
+        check_by_example(full)
+    recipe = {
+        "selection": {"method": config.select, "seed": config.seed},
+        "compression": {"method": compression.name, "seed": config.seed},
+        "distillation": None,
+    }
+    manifest = _write_bundle(full, plan, compression, config.seed, out, recipe, start)
+    return CompressResult(
+        out=str(out),
+        id=manifest.id,
+        plan=plan.short,
+        adapter=plan.adapter,
+        emulator=plan.emulator,
+        num_blocks=plan.num_blocks,
+        bundle_bytes=manifest.measured["bundle_bytes"],
+        full_model_bytes=manifest.measured["full_model_bytes"],
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _write_bundle(
+    full: FullModel,
+    plan: SplitPlan,
+    compression: Compression,
+    seed: int,
+    out: Path,
+    recipe: Mapping[str, Any],
+    start: float,
+) -> Manifest:
+    tensors = bundle_tensors(full, plan, compression, seed)
+    kept = set(plan.kept)
+    carried = [n for n in full.weights.tensors if full.arch.block_of(n) in kept | {None}]
+    with atomic_directory(out) as tmp:
+        files = write_model(tmp, tensors)
+        files |= write_companions(full.path, tmp, kept_config(full.config, full.arch, plan.kept))
+        manifest = Manifest(
+            kind="emulator_bundle",
+            model=ModelFacts(
+                family=full.arch.family.model_type,
+                architecture=full.arch.class_name,
+                blocks=full.arch.family.blocks,
+                recognised=full.arch.recognised,
+            ),
+            plan=plan,
+            full_model=fingerprint(full.path, full.weights, carried),
+            files=files,
+            recipe=recipe,
+            dtypes={"stored": stored_dtypes(full.weights)},
+            measured={
+                "seconds": time.perf_counter() - start,
+                "bundle_bytes": sum(spec.nbytes for spec in tensors),
+                "full_model_bytes": sum(i.nbytes for i in full.weights.tensors.values()),
+            },
+        )
+        return write_manifest(tmp, manifest)
+
+
+def bundle_tensors(
+    full: FullModel, plan: SplitPlan, compression: Compression, seed: int
+) -> list[TensorSpec]:
+    """Return what the bundle holds: tensors outside the blocks, and those of the kept blocks."""
+    position = {index: j for j, index in enumerate(plan.kept)}
+    emulator = set(plan.emulator)
+    found = []
+    for name, info in full.weights.tensors.items():
+        index = full.arch.block_of(name)
+        if index is not None and index not in position:
+            continue
+        compressed = compression.apply is not None and index in emulator
+        found.append(
+            TensorSpec(
+                name=name if index is None else full.arch.rename(name, position[index]),
+                dtype=info.dtype,
+                shape=info.shape,
+                data=_data(full, name, compression if compressed else None, seed),
+            )
+        )
+    return found
+
+
+def _data(
+    full: FullModel, name: str, compression: Compression | None, seed: int
+) -> Callable[[], bytes | memoryview]:
+    if compression is None or compression.apply is None:
+        return lambda: full.weights.data(name)
+    apply = compression.apply
+    return lambda: tensor_bytes(apply(name, full.weights.read(name), seed))
+
+
+def stored_dtypes(weights: TensorDirectory) -> list[str]:
+    """Return the dtypes of a model's tensors, as torch names them."""
+    by_name = {name: str(dtype).removeprefix("torch.") for dtype, name in DTYPE_NAMES.items()}
+    return sorted({by_name[info.dtype] for info in weights.tensors.values()})
