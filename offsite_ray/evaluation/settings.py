@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The five settings and the bound, measured in one run.
+
+At most one model is in memory at a time; the plug-in, the tuned emulator and the bound are
+assembled in it, so that no plugged-in directory is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from offsite_ray.adapter import AdapterBundle, open_adapter
+from offsite_ray.architectures import DTYPES, load_model, load_tokenizer
+from offsite_ray.bundle import atomic_file
+from offsite_ray.data import read_documents, tokenizer_digest
+from offsite_ray.emulator import EmulatorBundle, FullModel, check_fits, open_bundle, open_full_model
+from offsite_ray.errors import DataError, PlugInError
+from offsite_ray.evaluation.gaps import compare
+from offsite_ray.evaluation.perplexity import EncodedDocument, context_length, encode, perplexity
+from offsite_ray.evaluation.task_loading import LoadedTasks, load_tasks
+from offsite_ray.evaluation.tasks import run_tasks
+from offsite_ray.finetuning.host import Host, host_of_bundle, host_of_full_model
+from offsite_ray.plug_in import applied
+from offsite_ray.results import SETTINGS, EvaluationResult, SettingResult, to_plain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from offsite_ray.config import EvaluateConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Artefacts:
+    """Everything that is evaluated, opened and checked against the full model."""
+
+    full: FullModel
+    bundle: EmulatorBundle | None
+    adapter: AdapterBundle | None
+    bound: AdapterBundle | None
+    finetuned: Path | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Yardstick:
+    """What every setting is measured with."""
+
+    tokenizer: PreTrainedTokenizerBase
+    documents: list[EncodedDocument]
+    tasks: LoadedTasks | None
+    seq_len: int
+    batch_size: int
+
+    def measure(self, model: PreTrainedModel) -> SettingResult:
+        """Return what a model scores."""
+        return SettingResult(
+            perplexity=perplexity(
+                model, self.documents, seq_len=self.seq_len, batch_size=self.batch_size
+            )
+            if self.documents
+            else None,
+            tasks=run_tasks(
+                model,
+                self.tokenizer,
+                self.tasks,
+                batch_size=self.batch_size,
+                max_length=self.seq_len,
+            )
+            if self.tasks is not None
+            else {},
+        )
+
+
+def evaluate(
+    config: EvaluateConfig, progress: Callable[[str], None] | None = None
+) -> EvaluationResult:
+    """Measure every setting whose artefact is given.
+
+    Args:
+        config: Artefacts, texts and tasks.
+        progress: Told in one line what was measured.
+
+    Raises:
+        OffsiteError: An artefact does not belong to the full model, or a text cannot be read.
+    """
+    start = time.perf_counter()
+    artefacts = open_artefacts(config)
+    yardstick = _yardstick(config, artefacts.full)
+    settings: dict[str, SettingResult] = {}
+    for name, model in models(artefacts, DTYPES[config.dtype]):
+        settings[name] = yardstick.measure(model)
+        if progress is not None:
+            progress(_line(name, settings[name]))
+    result = compare(
+        settings,
+        recipe={**to_plain(config), "seq_len": yardstick.seq_len},
+        seconds=time.perf_counter() - start,
+    )
+    if config.out is not None:
+        with atomic_file(Path(config.out)) as tmp:
+            tmp.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def open_artefacts(config: EvaluateConfig) -> Artefacts:
+    """Open and check what is to be evaluated, before anything is measured.
+
+    Raises:
+        BundleError: A bundle is damaged, or belongs to another model or another bundle.
+        DataError: A model has another tokenizer than the full model.
+    """
+    full = open_full_model(config.model)
+    bundle = open_bundle(config.bundle) if config.bundle is not None else None
+    adapter = open_adapter(config.adapter) if config.adapter is not None else None
+    bound = open_adapter(config.bound) if config.bound is not None else None
+    for opened in (bundle, adapter, bound):
+        if opened is not None:
+            check_fits(opened.path, opened.manifest, full)
+    if bundle and adapter and adapter.manifest.trained_against != bundle.manifest.id:
+        raise PlugInError(
+            f"{adapter.path} was not trained against {bundle.path}, but against the bundle "
+            f"{str(adapter.manifest.trained_against)[:12]}...; give that one as --bundle"
+        )
+    if bound is not None and not bound.plan.keeps_every_block:
+        raise PlugInError(
+            f"{bound.path} was trained against a bundle that keeps {bound.plan.short}, not every "
+            "block, so it is no bound; give it as --adapter"
+        )
+    finetuned = Path(config.finetuned) if config.finetuned is not None else None
+    for directory in (bundle.path if bundle else None, finetuned):
+        if directory is not None and tokenizer_digest(directory) != tokenizer_digest(full.path):
+            raise DataError(
+                f"{directory} has another tokenizer than {full.path}, so their losses do not "
+                "compare; evaluate models of one tokenizer"
+            )
+    return Artefacts(full=full, bundle=bundle, adapter=adapter, bound=bound, finetuned=finetuned)
+
+
+def _yardstick(config: EvaluateConfig, full: FullModel) -> Yardstick:
+    tokenizer = load_tokenizer(full.path)
+    tasks = None
+    if config.tasks:
+        tasks = load_tasks(
+            config.tasks,
+            task_data=config.task_data,
+            task_path=config.task_path,
+            limit=config.task_limit,
+            num_fewshot=config.num_fewshot,
+        )
+    return Yardstick(
+        tokenizer=tokenizer,
+        documents=encode(tokenizer, _texts(config)) if config.text else [],
+        tasks=tasks,
+        seq_len=context_length(full.config, config.seq_len),
+        batch_size=config.batch_size,
+    )
+
+
+def _texts(config: EvaluateConfig) -> list[str]:
+    texts = []
+    for document in read_documents(config.text):
+        if "messages" in document:
+            raise DataError(
+                "conversations have no perplexity of their own; give --text files of plain text"
+            )
+        completed = document.get("completion")
+        texts.append(document["text"] if completed is None else document["prompt"] + completed)
+    return texts
+
+
+def models(artefacts: Artefacts, dtype: torch.dtype) -> Iterator[tuple[str, PreTrainedModel]]:
+    """Yield the name of each setting with its model, which is good until the next is asked for."""
+    full, bundle = artefacts.full, artefacts.bundle
+    in_full: dict[str, AdapterBundle | None] = {"full_zero_shot": None}
+    in_full |= {"plug_in": artefacts.adapter} if artefacts.adapter else {}
+    in_full |= {"bound": artefacts.bound} if artefacts.bound else {}
+    yield from _variants(full.path, dtype, in_full, lambda a: host_of_full_model(full, a.plan))
+    if bundle is not None:
+        in_emulator: dict[str, AdapterBundle | None] = {"emulator_zero_shot": None}
+        in_emulator |= {"emulator_fine_tuned": artefacts.adapter} if artefacts.adapter else {}
+        yield from _variants(bundle.path, dtype, in_emulator, lambda _: host_of_bundle(bundle))
+    if artefacts.finetuned is not None:
+        yield "full_fine_tuned", _loaded(artefacts.finetuned, dtype)
+
+
+def _variants(
+    path: Path,
+    dtype: torch.dtype,
+    adapters: Mapping[str, AdapterBundle | None],
+    host: Callable[[AdapterBundle], Host],
+) -> Iterator[tuple[str, PreTrainedModel]]:
+    """Yield one model with each of some adapters in it (None: as it is)."""
+    model = _loaded(path, dtype)
+    for name, adapter in adapters.items():
+        with nullcontext() if adapter is None else applied(model, host(adapter), adapter):
+            yield name, model
+
+
+def _loaded(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    return load_model(path, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _line(name: str, result: SettingResult) -> str:
+    parts: list[str] = []
+    if result.perplexity is not None:
+        parts.append(f"perplexity {result.perplexity.perplexity:.4g}")
+    for task, metrics in result.tasks.items():
+        known = [f"{metric} {value:.4g}" for metric, value in metrics.items() if metric == "acc"]
+        parts.append(f"{task} {', '.join(known)}".strip())
+    position = f"{SETTINGS.index(name) + 1}/{len(SETTINGS)}"
+    return f"[{position}] {name.replace('_', ' ')}: {', '.join(parts)}"
