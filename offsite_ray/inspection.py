@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looking into a directory, and checking that it is whole."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offsite_ray.adapter import open_adapter
+from offsite_ray.architectures import config_values, load_config, resolve_architecture
+from offsite_ray.bundle import (
+    MANIFEST,
+    Kind,
+    TensorDirectory,
+    check_files,
+    check_kind,
+    read_manifest,
+)
+from offsite_ray.emulator import blocks_path, check_fits, open_bundle, open_full_model
+from offsite_ray.finetuning.host import host_of_full_model
+from offsite_ray.finetuning.methods import finetuning_method
+from offsite_ray.results import to_plain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from offsite_ray.bundle import TensorInfo
+    from offsite_ray.config import VerifyConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyResult:
+    """What was checked and found right."""
+
+    path: str
+    kind: Kind
+    id: str
+    num_files: int
+    """Files whose digest was checked."""
+    num_tensors: int
+    """Tensors whose place, shape and dtype were checked."""
+    belongs_to: str | None
+    """Full model that it was checked against; None where none was given."""
+
+
+def inspect_path(path: str | Path) -> dict[str, Any]:
+    """Return what is in a directory, as plain values; nothing is verified but the manifest.
+
+    Raises:
+        StorageError: It is neither a bundle nor a model.
+        IntegrityError: Its manifest was altered.
+    """
+    directory = Path(path)
+    if directory.is_dir() and not (directory / MANIFEST).is_file():
+        return _inspect_model(directory)
+    manifest = read_manifest(directory)
+    files = [directory / n for n in manifest.files if n.endswith(".safetensors")]
+    tensors = TensorDirectory([file for file in sorted(files) if file.is_file()]).tensors
+    return {
+        "path": str(directory),
+        "kind": manifest.kind,
+        "id": manifest.id,
+        "created": manifest.created,
+        "tool": manifest.tool,
+        "family": manifest.model.family,
+        "architecture": manifest.model.architecture,
+        "plan": manifest.plan.short,
+        "num_blocks": manifest.plan.num_blocks,
+        "adapter": list(manifest.plan.adapter),
+        "emulator": list(manifest.plan.emulator),
+        "recipe": to_plain(manifest.recipe),
+        "dtypes": to_plain(manifest.dtypes),
+        "trained_against": manifest.trained_against,
+        **_sizes(tensors),
+        "measured": to_plain(manifest.measured),
+    }
+
+
+def _inspect_model(directory: Path) -> dict[str, Any]:
+    """Return what is in a full model's directory."""
+    values = config_values(directory)
+    config = load_config(directory)
+    arch = resolve_architecture(config)
+    return {
+        "path": str(directory),
+        "kind": "model",
+        "family": values.get("model_type"),
+        "architecture": arch.class_name,
+        "num_blocks": arch.num_blocks,
+        "blocks": arch.family.blocks,
+        "recognised": arch.recognised,
+        **_sizes(TensorDirectory.of_model(directory).tensors),
+    }
+
+
+def _sizes(tensors: dict[str, TensorInfo]) -> dict[str, Any]:
+    return {
+        "num_tensors": len(tensors),
+        "num_parameters": sum(math.prod(info.shape) for info in tensors.values()),
+        "tensor_bytes": sum(info.nbytes for info in tensors.values()),
+    }
+
+
+def verify(config: VerifyConfig) -> VerifyResult:
+    """Check that a bundle is whole and unaltered, and (with a model) that it belongs to it.
+
+    Raises:
+        BundleError: It is not.
+    """
+    path = Path(config.path)
+    manifest = read_manifest(path)
+    num_tensors = _OPENERS[manifest.kind](path)
+    if config.model is not None:
+        full = open_full_model(config.model, blocks_path(manifest))
+        check_fits(path, manifest, full)
+        if manifest.kind == "adapter_bundle":
+            adapter = open_adapter(path)
+            method = finetuning_method(adapter.method)
+            if method.replacements is not None:
+                method.replacements(path, adapter.weights, host_of_full_model(full, adapter.plan))
+    return VerifyResult(
+        path=config.path,
+        kind=manifest.kind,
+        id=manifest.id,
+        num_files=len(manifest.files),
+        num_tensors=num_tensors,
+        belongs_to=config.model,
+    )
+
+
+def _open_plugged_in(path: Path) -> int:
+    manifest = read_manifest(path)
+    check_kind(path, manifest, "plugged_in_model")
+    check_files(path, manifest)
+    return len(TensorDirectory.of_model(path).tensors)
+
+
+_OPENERS: dict[Kind, Callable[[Path], int]] = {
+    "emulator_bundle": lambda path: len(open_bundle(path).weights.tensors),
+    "adapter_bundle": lambda path: len(open_adapter(path).weights.tensors),
+    "plugged_in_model": _open_plugged_in,
+}
+"""Kind of bundle to what checks one; returns the number of its tensors."""
