@@ -97,8 +97,11 @@ def _verify(config: configs.VerifyConfig) -> Outcome:
 
 def _demo(config: configs.DemoConfig) -> Outcome:
     from offsite_ray.demo.run import run_demo
+    from offsite_ray.report import terminal_table
 
-    return Outcome(plain=to_plain(run_demo(config, tell)))
+    result = run_demo(config, tell)
+    plain = {**to_plain(result), "evaluation": result.evaluation.to_json()}
+    return Outcome(plain=plain, table=terminal_table(result.evaluation))
 
 
 VERBS: dict[str, Verb] = {

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers of the demo, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoRecipe:
+    """A setting in which the plug-in nears its bound and the emulator stays behind it."""
+
+    plan: str = "2-4-2"
+    """Split plan: the emulator keeps a third of the twelve middle blocks."""
+    seq_len: int = 256
+    """Tokens in a sequence, for training and evaluation."""
+    distill_steps: int = 100
+    """Optimizer steps of distillation."""
+    distill_batch_size: int = 16
+    """Sequences in one of them."""
+    distill_learning_rate: float = 1e-3
+    """Peak learning rate of distillation."""
+    distill_workers: int = 2
+    """Ray Train workers of distillation."""
+    private_package: str = "networkx"
+    """Installed package whose documentation is the data owner's text."""
+    finetune_steps: int = 30
+    """Optimizer steps of each fine-tuning."""
+    finetune_batch_size: int = 8
+    """Sequences in one of them."""
+    finetune_learning_rate: float = 3e-4
+    """Peak learning rate of each fine-tuning."""
+    held_out_characters: int = 120_000
+    """Characters of held-out private text that perplexities are measured on."""
+    task_questions: int = 100
+    """Questions of the multiple-choice task."""
+
+    def scaled(self, scale: float) -> DemoRecipe:
+        """Return the recipe with ``scale`` times the work, at least two steps of each training."""
+        return replace(
+            self,
+            distill_steps=max(2, round(self.distill_steps * scale)),
+            finetune_steps=max(2, round(self.finetune_steps * scale)),
+            held_out_characters=max(4_000, round(self.held_out_characters * scale)),
+            task_questions=max(8, round(self.task_questions * scale)),
+        )
