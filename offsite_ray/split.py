@@ -18,6 +18,7 @@ SelectPositions = Callable[[Sequence[int], int], Sequence[int]]
 
 _SHORT = re.compile(r"(\d+)-(\d+)-(\d+)")
 _EXPLICIT = re.compile(r"adapter=([\d,\-]*)\s+emulator=([\d,\-]*)")
+_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +127,7 @@ def parse_plan(text: str, num_blocks: int, select: SelectPositions) -> SplitPlan
             num_blocks=num_blocks, adapter=adapter, emulator=tuple(select(middle, num_kept))
         )
     if match := _EXPLICIT.fullmatch(text.strip()):
-        adapter, emulator = (_indices(group, text) for group in match.groups())
+        adapter, emulator = (_indices(group, text, num_blocks) for group in match.groups())
         return SplitPlan(num_blocks=num_blocks, adapter=adapter, emulator=emulator)
     raise PlanError(
         f"plan {text!r} is neither of the form '2-8-2' nor 'adapter=0,1,30,31 emulator=2,5-9'"
@@ -137,12 +138,14 @@ def _join(indices: tuple[int, ...]) -> str:
     return ",".join(str(index) for index in indices)
 
 
-def _indices(group: str, text: str) -> tuple[int, ...]:
+def _indices(group: str, text: str, num_blocks: int) -> tuple[int, ...]:
     """Return the indices of one comma-separated list, ranges spelled out."""
     found: list[int] = []
     for part in filter(None, group.split(",")):
-        ends = part.split("-")
-        if len(ends) > 2 or not all(end.isdecimal() for end in ends):
+        match = _RANGE.fullmatch(part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
             raise PlanError(f"{part!r} in plan {text!r} is neither an index nor a range like 4-6")
-        found.extend(range(int(ends[0]), int(ends[-1]) + 1))
+        # One block beyond the end is enough for a plan to be refused.
+        found.extend(range(first, min(last, max(first, num_blocks)) + 1))
     return tuple(found)
