@@ -54,9 +54,13 @@ class StorageError(OffsiteError):
 
 
 class TrainingError(OffsiteError):
-    """A run that cannot go on: a non-finite loss, a checkpoint that does not fit."""
+    """A run that cannot go on: a worker lost, a checkpoint that does not fit."""
 
     exit_status = 1
+
+
+class DivergedError(TrainingError):
+    """A loss that is not a number; to go on from a checkpoint would lead there again."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -16,6 +16,8 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
+    from tests.loops import Loop
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "180")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -62,3 +64,11 @@ def real_data() -> Path:
     if not (directory / "data").is_dir():
         pytest.skip(f"no real data: {directory}/data does not exist; point {REAL_DATA} to it")
     return directory
+
+
+@pytest.fixture(scope="session")
+def loop(tmp_path_factory: pytest.TempPathFactory) -> Loop:
+    """Return a tiny GPT-2 with bundles and texts; only read."""
+    from tests.loops import make_loop
+
+    return make_loop(tmp_path_factory.mktemp("loop"))

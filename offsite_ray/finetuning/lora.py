@@ -78,7 +78,6 @@ def prepare_lora(
         raise ConfigError(
             f"the blocks of this {model.config.model_type} have no linear layer; use --method full"
         )
-    torch.manual_seed(config.seed)
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT divides: any number

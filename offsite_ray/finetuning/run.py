@@ -83,6 +83,8 @@ class FinetuneTask:
         model.requires_grad_(self.indices is None)
         if self.indices is not None:
             method = finetuning_method(self.config.method)
+            # What a method draws is the same on every worker and after a resume.
+            torch.manual_seed(self.config.seed)
             method.prepare(model, arch, self.indices, self.config)
         set_dtypes(model, compute)
         if self.config.gradient_checkpointing:

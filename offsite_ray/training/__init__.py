@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training: the loop, its engine in this process, checkpoints. Ray and DeepSpeed are elsewhere."""
 
-from offsite_ray.training.engine import adamw, run_here
+from offsite_ray.training.engine import adamw, parameter_groups, run_here
 from offsite_ray.training.loop import training_loop
 from offsite_ray.training.modules import (
     LANGUAGE_MODEL,
@@ -24,6 +24,7 @@ __all__ = [
     "adamw",
     "enable_checkpointing",
     "keeps_documents_apart",
+    "parameter_groups",
     "run_directory",
     "run_here",
     "set_dtypes",

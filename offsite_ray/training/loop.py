@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from offsite_ray.errors import TrainingError
+from offsite_ray.errors import DivergedError
 from offsite_ray.results import EvalRecord, RunStart, StepRecord, TrainingHistory
 from offsite_ray.training.batches import collate, num_targets
 from offsite_ray.training.progress import Progress, identity_of
@@ -95,7 +95,7 @@ def train_step(
             sums[name] += float(parts[name].detach())
     losses = _mean_losses(task, engine, sums, counts)
     if not math.isfinite(losses["loss"]):
-        raise TrainingError(
+        raise DivergedError(
             f"the loss of step {step + 1} is {losses['loss']}; try a lower --learning-rate, or "
             "--dtype fp32"
         )

@@ -42,10 +42,18 @@ class LanguageModelLoss(torch.nn.Module):
 
 
 def set_dtypes(module: torch.nn.Module, frozen: torch.dtype) -> None:
-    """Make what trains float32 and the rest ``frozen``; ZeRO-3 has its own way and is left."""
-    for parameter in module.parameters():
-        if parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
-            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
+    """Make what trains float32 and the rest ``frozen``; ZeRO-3 has its own way and is left.
+
+    A frozen vector beside a trained one (the scale of a norm whose bias trains) is float32 too:
+    norms take no mixture.
+    """
+    for part in module.modules():
+        own = list(part.parameters(recurse=False))
+        trains = any(parameter.requires_grad for parameter in own)
+        for parameter in own:
+            if parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
+                keep = parameter.requires_grad or (trains and parameter.ndim == 1)
+                parameter.data = parameter.data.to(torch.float32 if keep else frozen)
 
 
 def enable_checkpointing(model: Any) -> None:

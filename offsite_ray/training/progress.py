@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from offsite_ray.errors import StorageError, TrainingError
+from offsite_ray.errors import DivergedError, StorageError, TrainingError
 from offsite_ray.results import EvalRecord, StepRecord, TrainingHistory, to_plain
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def peak_memory(device: torch.device) -> int:
 def run_directory(out: Path, resume: bool) -> Iterator[Path]:
     """Yield where a run keeps its data and checkpoints, beside its result.
 
-    Removed on success, and where a run fails before its first checkpoint.
+    Removed on success, and where a run diverges or fails before its first checkpoint.
 
     Raises:
         StorageError: One is left by a run that was stopped, and ``resume`` is not asked for.
@@ -164,8 +164,8 @@ def run_directory(out: Path, resume: bool) -> Iterator[Path]:
         raise StorageError(f"{run_dir} cannot be made: {error.strerror}") from error
     try:
         yield run_dir
-    except BaseException:
-        if not any(run_dir.glob("checkpoint-*")):
+    except BaseException as error:
+        if isinstance(error, DivergedError) or not any(run_dir.glob("checkpoint-*")):
             shutil.rmtree(run_dir, ignore_errors=True)
         raise
     shutil.rmtree(run_dir, ignore_errors=True)

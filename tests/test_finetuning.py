@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tuning: what trains, what stays, what comes out; the baseline."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from offsite_ray.adapter import open_adapter
+from offsite_ray.architectures import load_model
+from offsite_ray.bundle import TensorDirectory
+from offsite_ray.config import FinetuneConfig, PlugInConfig
+from offsite_ray.emulator import open_bundle
+from offsite_ray.errors import ConfigError
+from offsite_ray.finetuning import finetune
+from offsite_ray.finetuning.methods import FINETUNING_METHODS
+from offsite_ray.plug_in import plug_in
+from offsite_ray.training import run_here
+from tests.loops import Loop, ignore, make_loop
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from offsite_ray.finetuning import FinetuneResult
+
+
+def run(data: Path, out: Path, **changes: Any) -> FinetuneResult:
+    given = {"max_steps": 8, "batch_size": 4, "seq_len": 32, "learning_rate": 5e-3, **changes}
+    config = FinetuneConfig(data=(str(data),), out=str(out), **given)
+    return finetune(config, run_here, ignore)
+
+
+@pytest.mark.parametrize("method", list(FINETUNING_METHODS))
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_method_learns_and_plugs_in(loop: Loop, tmp_path: Path, method: str, dtype: str) -> None:
+    result = run(
+        loop.rows, tmp_path / "adapter", bundle=str(loop.bundle), method=method, dtype=dtype
+    )
+    assert result.first_loss is not None
+    assert result.last_loss is not None
+    assert result.last_loss < result.first_loss - 0.02
+    adapter = open_adapter(tmp_path / "adapter")
+    bundle = open_bundle(loop.bundle)
+    assert adapter.manifest.trained_against == bundle.manifest.id
+    assert adapter.manifest.measured["num_trained"] == result.num_trained
+    indices = {
+        bundle.arch.block_of(n.removeprefix("base_model.model.")) for n in adapter.weights.tensors
+    }
+    assert indices <= set(bundle.plan.adapter)
+    plugged = PlugInConfig(
+        model=str(loop.model), adapter=str(tmp_path / "adapter"), out=str(tmp_path / "plugged")
+    )
+    plug_in(plugged)
+    tokens = torch.arange(20)[None]
+    before, after = (load_model(p)(tokens).logits for p in (loop.model, tmp_path / "plugged"))
+    assert not torch.equal(before, after)
+
+
+def test_lora_is_a_standard_peft_directory(loop: Loop, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    run(loop.rows, tmp_path / "adapter", bundle=str(loop.bundle), method="lora", rank=3)
+    plug_in(
+        PlugInConfig(
+            model=str(loop.model), adapter=str(tmp_path / "adapter"), out=str(tmp_path / "plugged")
+        )
+    )
+    stock = PeftModel.from_pretrained(load_model(loop.model), str(tmp_path / "adapter"))
+    tokens = torch.arange(20)[None]
+    expected = load_model(tmp_path / "plugged")(tokens).logits
+    with torch.no_grad():
+        assert torch.allclose(stock(tokens).logits, expected, atol=1e-4)
+    settings = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert settings["r"] == 3
+    assert settings["fan_in_fan_out"] is True
+
+
+@pytest.mark.parametrize("method", list(FINETUNING_METHODS))
+def test_the_baseline_is_a_model_directory(loop: Loop, tmp_path: Path, method: str) -> None:
+    result = run(loop.rows, tmp_path / "model", model=str(loop.model), method=method)
+    assert result.id is None
+    assert result.last_loss is not None
+    tuned = load_model(tmp_path / "model")
+    tokens = torch.arange(20)[None]
+    assert not torch.equal(tuned(tokens).logits, load_model(loop.model)(tokens).logits)
+    before, after = (TensorDirectory.of_model(p) for p in (loop.model, tmp_path / "model"))
+    changed = {n for n in before.tensors if bytes(before.data(n)) != bytes(after.data(n))}
+    everything = {"full": set(before.tensors), "bottleneck": set()}
+    assert changed == everything.get(method, changed)
+    assert not (tmp_path / "model/offsite.json").exists()
+
+
+def test_bitfit_without_biases_is_refused(tmp_path: Path) -> None:
+    loop = make_loop(tmp_path / "llama", family="llama")
+    with pytest.raises(ConfigError, match="has a bias"):
+        run(loop.rows, tmp_path / "out", bundle=str(loop.bundle), method="bitfit")
+    assert [p.name for p in tmp_path.iterdir()] == ["llama"]
+
+
+def test_frozen_weights_keep_their_dtype(loop: Loop, tmp_path: Path) -> None:
+    from offsite_ray.data import open_prepared, write_blocks
+    from offsite_ray.finetuning import FinetuneTask
+
+    write_blocks([str(loop.rows)], loop.bundle, 16, tmp_path / "data")
+    task = FinetuneTask(
+        model=str(loop.bundle),
+        model_id="",
+        blocks=None,
+        indices=(0, 3),
+        config=FinetuneConfig(bundle="b", data=("d",), out="o", dtype="bf16"),
+        data=open_prepared(tmp_path / "data", loop.bundle, 128),
+        use_positions=True,
+    )
+    module = task.build(torch.device("cpu"))
+    dtypes = {(p.requires_grad, p.dtype) for p in module.parameters()}
+    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+    trained = [name for name, p in module.named_parameters() if p.requires_grad]
+    assert all(".h.0." in name or ".h.3." in name for name in trained)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ray Train with DeepSpeed: the same numbers as in one process, killed and resumed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+from offsite_ray.bundle import TensorDirectory
+from offsite_ray.config import DistillConfig, FinetuneConfig
+from offsite_ray.distillation import DistillResult, distill
+from offsite_ray.errors import TrainingError
+from offsite_ray.finetuning import finetune
+from offsite_ray.results import EvalRecord, RunStart, StepRecord
+from offsite_ray.train import run_on_ray
+from offsite_ray.training import run_here
+from tests.loops import Loop, ignore
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from offsite_ray.training import Fit
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+
+def run(loop: Loop, out: Path, fit: Fit, **changes: Any) -> DistillResult:
+    given = {"max_steps": 6, "batch_size": 4, "seq_len": 32, "learning_rate": 3e-3, **changes}
+    config = DistillConfig(
+        model=str(loop.model),
+        bundle=str(loop.bundle),
+        data=(str(loop.text),),
+        out=str(out),
+        **given,
+    )
+    return distill(config, fit, ignore)
+
+
+def losses(result: DistillResult) -> list[float]:
+    return [record.losses["loss"] for record in result.history.steps]
+
+
+def largest_difference(a: Path, b: Path) -> float:
+    left, right = TensorDirectory.of_model(a), TensorDirectory.of_model(b)
+    assert set(left.tensors) == set(right.tensors)
+    return max(
+        float((left.read(name).float() - right.read(name).float()).abs().max())
+        for name in left.tensors
+    )
+
+
+@pytest.fixture(scope="module")
+def here(loop: Loop, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DistillResult]:
+    """Return the run that all others must equal: one process, no Ray."""
+    out = tmp_path_factory.mktemp("here") / "out"
+    return out, run(loop, out, run_here, num_workers=0)
+
+
+@pytest.mark.parametrize(
+    ("workers", "stage", "micro"), [(1, 0, None), (2, 0, 1), (2, 1, None), (2, 2, 1), (2, 3, None)]
+)
+def test_workers_and_stages_do_not_change_the_result(
+    loop: Loop,
+    here: tuple[Path, DistillResult],
+    tmp_path: Path,
+    workers: int,
+    stage: int,
+    micro: int | None,
+) -> None:
+    reference, expected = here
+    given = {"num_workers": workers, "zero_stage": stage, "micro_batch_size": micro}
+    result = run(loop, tmp_path / "out", run_on_ray, **given)
+    assert losses(result) == pytest.approx(losses(expected), rel=1e-4)
+    assert result.last_losses == pytest.approx(expected.last_losses, rel=1e-4)
+    assert largest_difference(tmp_path / "out", reference) < 1e-4
+
+
+def test_a_killed_worker_and_a_resumed_run(
+    loop: Loop, here: tuple[Path, DistillResult], tmp_path: Path
+) -> None:
+    reference, expected = here
+    given = {"num_workers": 2, "zero_stage": 3, "checkpoint_every": 2}
+    killer = threading.Thread(target=kill_one_worker, args=(tmp_path / ".out.run",))
+    killer.start()
+    with pytest.raises(TrainingError, match="training on Ray failed"):
+        run(loop, tmp_path / "out", run_on_ray, **given)
+    killer.join()
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(TrainingError, match="--num-workers 2"):
+        run(loop, tmp_path / "out", run_on_ray, **{**given, "num_workers": 1}, resume=True)
+    result = run(loop, tmp_path / "out", run_on_ray, **given, resume=True)
+    assert losses(result) == pytest.approx(losses(expected), rel=1e-4)
+    assert largest_difference(tmp_path / "out", reference) < 1e-4
+    assert not (tmp_path / ".out.run").exists()
+
+
+def kill_one_worker(run_dir: Path) -> None:
+    """Kill -9 a training worker as soon as there is a checkpoint."""
+    deadline = time.monotonic() + 240
+    while not list(run_dir.glob("checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for process in psutil.Process().children(recursive=True):
+        if "RayTrainWorker" in " ".join(process.cmdline()):
+            os.kill(process.pid, signal.SIGKILL)
+            return
+
+
+def test_bf16_masters_and_reports(loop: Loop, tmp_path: Path) -> None:
+    seen: list[Any] = []
+    config = FinetuneConfig(
+        bundle=str(loop.bundle),
+        data=(str(loop.rows),),
+        out=str(tmp_path / "out"),
+        method="lora",
+        max_steps=4,
+        batch_size=4,
+        seq_len=32,
+        learning_rate=1e-2,
+        dtype="bf16",
+        num_workers=2,
+        zero_stage=2,
+    )
+    result = finetune(config, run_on_ray, seen.append)
+    assert result.first_loss is not None
+    assert result.last_loss is not None
+    assert result.last_loss < result.first_loss
+    assert isinstance(seen[0], RunStart)
+    assert [r.step for r in seen if isinstance(r, StepRecord)] == [1, 2, 3, 4]
+    assert sum(isinstance(record, EvalRecord) for record in seen) == 5
+
+
+def test_more_workers_than_the_cluster_holds(loop: Loop, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="64 workers need 64 CPUs"):
+        run(loop, tmp_path / "out", run_on_ray, num_workers=64, batch_size=64)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_on_a_worker_is_one_line(loop: Loop, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="try a lower --learning-rate") as caught:
+        run(loop, tmp_path / "out", run_on_ray, num_workers=1, learning_rate=1e30)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
