@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +22,10 @@ from offsite_ray.config import (
     FinetuneConfig,
     PlugInConfig,
 )
+from offsite_ray.demo.folders import Folders, write_texts
+from offsite_ray.demo.page import write_page
 from offsite_ray.demo.recipe import DemoRecipe
-from offsite_ray.demo.story import facts, notes
-from offsite_ray.demo.task import TASK_NAME, write_task
-from offsite_ray.demo.texts import Document, held_out, package_documentation, standard_library
+from offsite_ray.demo.task import TASK_NAME
 from offsite_ray.errors import StorageError, TrainingError
 from offsite_ray.results import (
     EvalRecord,
@@ -40,11 +39,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from offsite_ray.config import DemoConfig
-    from offsite_ray.report import Artefact
 
-    Tell = Callable[[str], None]
-
-_HELD_OUT_ONE_IN = 6
+_ROOT = Path(offsite_ray.__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,28 +55,19 @@ class DemoResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Folders:
-    """Who has what. The data owner's folder never holds anything of the full model."""
+class Demo:
+    """A demo that is running: where, how much, whom to tell, and what was measured so far."""
 
-    root: Path
-
-    @property
-    def owner(self) -> Path:
-        """The model owner's: full model, public text, everything made of the full model."""
-        return self.root / "owner"
-
-    @property
-    def data_owner(self) -> Path:
-        """The data owner's: the emulator bundle, private text, the adapter bundle."""
-        return self.root / "data-owner"
-
-    @property
-    def evaluation(self) -> Path:
-        """Nobody's in real life: held-out private text and both parties' models together."""
-        return self.root / "evaluation"
+    folders: Folders
+    recipe: DemoRecipe
+    tell: Callable[[str], None]
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Name of a step to the time it took."""
+    histories: dict[str, TrainingHistory] = field(default_factory=dict)
+    """Name of a training run to its losses."""
 
 
-def run_demo(config: DemoConfig, tell: Tell) -> DemoResult:
+def run_demo(config: DemoConfig, tell: Callable[[str], None]) -> DemoResult:
     """Run the whole loop and write a report.
 
     Args:
@@ -91,22 +78,20 @@ def run_demo(config: DemoConfig, tell: Tell) -> DemoResult:
         OffsiteError: The foundation is missing, the folder is taken, or a step fails.
     """
     start = time.perf_counter()
-    recipe = DemoRecipe().scaled(config.scale)
     foundation = _foundation(config)
-    folders = Folders(Path(config.out).resolve())
+    demo = Demo(Folders(Path(config.out).resolve()), DemoRecipe().scaled(config.scale), tell)
+    folders = demo.folders
     check_free(folders.root)
     for folder in (folders.owner, folders.data_owner, folders.evaluation):
         folder.mkdir(parents=True)
-    full = folders.owner / "full-model"
-    shutil.copytree(foundation, full, ignore=shutil.ignore_patterns("*.py", "*.md"))
-    write_texts(folders, recipe)
-    clock: dict[str, float] = {}
-    histories: dict[str, TrainingHistory] = {}
-    owner_makes_bundle(folders, recipe, tell, clock, histories)
-    data_owner_trains(folders, recipe, tell, clock, histories)
-    owner_plugs_in(folders, recipe, tell, clock, histories)
-    evaluation = evaluate_all(folders, recipe, tell, clock)
-    page, picture = _report(folders, recipe, evaluation, histories, clock)
+    shutil.copytree(foundation, folders.full_model, ignore=shutil.ignore_patterns("*.py", "*.md"))
+    write_texts(folders, demo.recipe)
+    owner_makes_bundle(demo)
+    data_owner_trains(demo)
+    owner_plugs_in(demo)
+    train_yardsticks(demo)
+    evaluation = evaluate_all(demo)
+    page, picture = write_page(folders, demo.recipe, evaluation, demo.histories, demo.seconds)
     return DemoResult(
         out=str(folders.root),
         report=str(page),
@@ -117,7 +102,7 @@ def run_demo(config: DemoConfig, tell: Tell) -> DemoResult:
 
 
 def _foundation(config: DemoConfig) -> Path:
-    checkout = Path(offsite_ray.__file__).resolve().parents[1] / "examples" / "foundation"
+    checkout = _ROOT / "examples" / "foundation"
     path = checkout if config.foundation is None else Path(config.foundation)
     if not (path / "config.json").is_file():
         raise StorageError(
@@ -127,81 +112,55 @@ def _foundation(config: DemoConfig) -> Path:
     return path
 
 
-def write_texts(folders: Folders, recipe: DemoRecipe) -> None:
-    """Write public text for the owner, private text for the data owner, held-out for the test."""
-    _write_jsonl(folders.owner / "public.jsonl", standard_library())
-    private, test = held_out(package_documentation(recipe.private_package), _HELD_OUT_ONE_IN)
-    _write_jsonl(folders.data_owner / "private.jsonl", private)
-    shortened = _first_characters(test, recipe.held_out_characters)
-    _write_jsonl(folders.evaluation / "held-out.jsonl", shortened)
-    write_task(folders.evaluation, test, recipe.task_questions, seed=0)
-
-
-def _first_characters(documents: list[Document], budget: int) -> list[Document]:
-    """Return the beginning of each document, all of equal share of ``budget`` characters."""
-    share = max(200, budget // len(documents))
-    return [Document(name=d.name, text=d.text[:share]) for d in documents]
-
-
-def _write_jsonl(path: Path, documents: list[Document]) -> None:
-    lines = "".join(json.dumps({"text": d.text}) + "\n" for d in documents)
-    path.write_text(lines, encoding="utf-8")
-
-
-def owner_makes_bundle(
-    folders: Folders,
-    recipe: DemoRecipe,
-    tell: Tell,
-    clock: dict[str, float],
-    histories: dict[str, TrainingHistory],
-) -> None:
+def owner_makes_bundle(demo: Demo) -> None:
     """Compress the full model, distil the emulator on public text, hand the bundle out."""
     from offsite_ray.distillation import distill
     from offsite_ray.emulator import compress
     from offsite_ray.train import run_on_ray
 
-    full, bundle = folders.owner / "full-model", folders.owner / "bundle"
-    tell(f"1/6 owner: compress to {recipe.plan}")
-    made = compress(CompressConfig(model=str(full), plan=recipe.plan, out=str(bundle)), tell)
-    clock["compress"] = made.seconds
-    tell(f"2/6 owner: distil on public text, {recipe.distill_workers} Ray Train workers, ZeRO-3")
+    folders, recipe = demo.folders, demo.recipe
+    full, bundle = str(folders.full_model), str(folders.compressed)
+    demo.tell(f"1/6 owner: compress to {recipe.plan}")
+    made = compress(CompressConfig(model=full, plan=recipe.plan, out=bundle), demo.tell)
+    demo.seconds["compress"] = made.seconds
+    demo.tell(
+        f"2/6 owner: distil on public text, {recipe.distill_workers} Ray Train workers, ZeRO-3"
+    )
     distilled = distill(
         DistillConfig(
-            model=str(full),
-            bundle=str(bundle),
-            data=(str(folders.owner / "public.jsonl"),),
-            out=str(folders.owner / "distilled-bundle"),
+            model=full,
+            bundle=bundle,
+            data=(str(folders.public),),
+            out=str(folders.distilled),
             max_steps=recipe.distill_steps,
             batch_size=recipe.distill_batch_size,
             learning_rate=recipe.distill_learning_rate,
             seq_len=recipe.seq_len,
+            eval_every=max(1, recipe.distill_steps // 6),
             eval_fraction=0.003,
             num_workers=recipe.distill_workers,
             zero_stage=3,
             dtype="bf16",
         ),
         run_on_ray,
-        training_lines("distillation", tell),
-        tell,
+        training_lines("distillation", demo.tell),
+        demo.tell,
     )
-    clock["distill"] = distilled.seconds
-    histories["distillation"] = distilled.history
-    shutil.copytree(folders.owner / "distilled-bundle", folders.data_owner / "bundle")
+    demo.seconds["distill"] = distilled.seconds
+    demo.histories["distillation"] = distilled.history
+    shutil.copytree(folders.distilled, folders.received)
 
 
-def data_owner_trains(
-    folders: Folders,
-    recipe: DemoRecipe,
-    tell: Tell,
-    clock: dict[str, float],
-    histories: dict[str, TrainingHistory],
-) -> None:
+def data_owner_trains(demo: Demo) -> None:
     """Fine-tune in a process of its own, whose folder holds the bundle and the private text."""
-    tell("3/6 data owner: fine-tune the adapter blocks on private text, in a separate process")
-    config = _finetune_config(recipe, bundle="bundle", data=("private.jsonl",), out="adapter")
-    result = _in_own_process(folders.data_owner, config)
-    clock["finetune"] = result["seconds"]
-    histories["fine-tuning (data owner)"] = _history(result["history"])
+    demo.tell("3/6 data owner: fine-tune the adapter blocks on private text, in its own process")
+    folders = demo.folders
+    given = {"bundle": folders.received, "data": folders.private, "out": folders.adapter}
+    names = {name: str(path.relative_to(folders.data_owner)) for name, path in given.items()}
+    config = _finetune_config(demo.recipe, **{**names, "data": (names["data"],)})
+    result = in_own_process("finetune", config, folders.data_owner)
+    demo.seconds["finetune"] = result["seconds"]
+    demo.histories["fine-tuning (data owner)"] = _history(result["history"])
 
 
 def _finetune_config(recipe: DemoRecipe, **given: Any) -> FinetuneConfig:
@@ -217,25 +176,14 @@ def _finetune_config(recipe: DemoRecipe, **given: Any) -> FinetuneConfig:
     )
 
 
-def _in_own_process(folder: Path, config: FinetuneConfig) -> dict[str, Any]:
-    """Run ``offsite-ray finetune`` in a folder; return what it prints as JSON."""
-    flags = {
-        "bundle": config.bundle,
-        "data": config.data[0],
-        "out": config.out,
-        "max-steps": config.max_steps,
-        "batch-size": config.batch_size,
-        "learning-rate": config.learning_rate,
-        "seq-len": config.seq_len,
-        "eval-every": config.eval_every,
-        "eval-fraction": config.eval_fraction,
-        "dtype": config.dtype,
-    }
-    command = [sys.executable, "-m", "offsite_ray", "finetune", "--json"]
-    for flag, value in flags.items():
-        command += [f"--{flag}", str(value)]
-    root = str(Path(offsite_ray.__file__).resolve().parents[1])
-    paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+def in_own_process(verb: str, config: FinetuneConfig, folder: Path) -> dict[str, Any]:
+    """Run ``offsite-ray VERB --json`` in a folder; return what it prints.
+
+    Raises:
+        TrainingError: The process ended with an error, which it has printed.
+    """
+    command = [sys.executable, "-m", "offsite_ray", verb, "--json", *_flags(config)]
+    paths = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         command,
         cwd=folder,
@@ -250,6 +198,17 @@ def _in_own_process(folder: Path, config: FinetuneConfig) -> dict[str, Any]:
     return result
 
 
+def _flags(config: FinetuneConfig) -> list[str]:
+    """Return a configuration as flags, those left out that have their default."""
+    flags = []
+    for known in fields(config):
+        value = getattr(config, known.name)
+        if known.default is MISSING or value != known.default:
+            values = value if isinstance(value, tuple) else (value,)
+            flags += [f"--{known.name.replace('_', '-')}", *map(str, values)]
+    return flags
+
+
 def _history(plain: Mapping[str, Any]) -> TrainingHistory:
     return TrainingHistory(
         **{
@@ -260,77 +219,69 @@ def _history(plain: Mapping[str, Any]) -> TrainingHistory:
     )
 
 
-def owner_plugs_in(
-    folders: Folders,
-    recipe: DemoRecipe,
-    tell: Tell,
-    clock: dict[str, float],
-    histories: dict[str, TrainingHistory],
-) -> None:
-    """Plug the adapter in; then train what it is judged against, which needs both parties."""
+def owner_plugs_in(demo: Demo) -> None:
+    """Put the data owner's adapter blocks into the full model."""
+    from offsite_ray.plug_in import plug_in
+
+    folders = demo.folders
+    demo.tell("4/6 owner: plug the adapter in")
+    config = PlugInConfig(
+        model=str(folders.full_model), adapter=str(folders.adapter), out=str(folders.plugged_in)
+    )
+    demo.seconds["plug in"] = plug_in(config, demo.tell).seconds
+
+
+def train_yardsticks(demo: Demo) -> None:
+    """Train what the plug-in is judged against, which needs both parties' things together."""
     from offsite_ray.architectures import load_config
     from offsite_ray.emulator import compress
     from offsite_ray.finetuning import finetune
-    from offsite_ray.plug_in import plug_in
     from offsite_ray.training import run_here
 
-    full = str(folders.owner / "full-model")
-    tell("4/6 owner: plug the adapter in")
-    plugged = plug_in(
-        PlugInConfig(
-            model=full,
-            adapter=str(folders.data_owner / "adapter"),
-            out=str(folders.owner / "plugged-in"),
-        ),
-        tell,
-    )
-    clock["plug in"] = plugged.seconds
-    tell("5/6 yardsticks: the bound (same adapter blocks in the full model), full fine-tuning")
+    folders, full = demo.folders, str(demo.folders.full_model)
+    demo.tell("5/6 yardsticks: the bound (same adapter blocks in the full model), full fine-tuning")
     every = str(folders.evaluation / "keep-all-bundle")
-    bottom, _, top = recipe.plan.split("-")
-    num_blocks = load_config(full).num_hidden_layers
-    plan = f"{bottom}-{num_blocks - int(bottom) - int(top)}-{top}"
-    compress(CompressConfig(model=full, plan=plan, out=every), tell)
-    data = (str(folders.data_owner / "private.jsonl"),)
+    bottom, _, top = map(int, demo.recipe.plan.split("-"))
+    kept = load_config(full).num_hidden_layers - bottom - top
+    compress(CompressConfig(model=full, plan=f"{bottom}-{kept}-{top}", out=every), demo.tell)
     for name, given in {
-        "bound": {"bundle": every, "out": str(folders.evaluation / "bound")},
-        "full fine-tuning": {"model": full, "out": str(folders.evaluation / "fine-tuned")},
+        "bound": {"bundle": every, "out": str(folders.bound)},
+        "full fine-tuning": {"model": full, "out": str(folders.fine_tuned)},
     }.items():
-        config = _finetune_config(recipe, data=data, **given)
-        result = finetune(config, run_here, training_lines(name, tell), tell)
-        clock[name] = result.seconds
-        histories[name] = result.history
+        config = _finetune_config(demo.recipe, data=(str(folders.private),), **given)
+        result = finetune(config, run_here, training_lines(name, demo.tell), demo.tell)
+        demo.seconds[name] = result.seconds
+        demo.histories[name] = result.history
 
 
-def evaluate_all(
-    folders: Folders, recipe: DemoRecipe, tell: Tell, clock: dict[str, float]
-) -> EvaluationResult:
+def evaluate_all(demo: Demo) -> EvaluationResult:
     """Measure the five settings and the bound on held-out private text and an lm-eval task."""
     from offsite_ray.evaluation import evaluate
 
-    tell("6/6 evaluate: five settings and the bound, held-out text and an lm-eval task")
-    result = evaluate(
+    folders = demo.folders
+    demo.tell("6/6 evaluate: five settings and the bound, held-out text and an lm-eval task")
+    return evaluate(
         EvaluateConfig(
-            model=str(folders.owner / "full-model"),
-            bundle=str(folders.data_owner / "bundle"),
-            adapter=str(folders.data_owner / "adapter"),
-            bound=str(folders.evaluation / "bound"),
-            finetuned=str(folders.evaluation / "fine-tuned"),
-            text=(str(folders.evaluation / "held-out.jsonl"),),
+            model=str(folders.full_model),
+            bundle=str(folders.received),
+            adapter=str(folders.adapter),
+            bound=str(folders.bound),
+            finetuned=str(folders.fine_tuned),
+            text=(str(folders.held_out),),
             tasks=(TASK_NAME,),
             task_path=(str(folders.evaluation),),
-            seq_len=recipe.seq_len,
+            seq_len=demo.recipe.seq_len,
             batch_size=16,
             dtype="bf16",
             out=str(folders.root / "evaluation.json"),
         ),
-        tell,
+        demo.tell,
     )
-    clock["evaluate"] = result.seconds or 0.0
-    return result
 
 
-def training_lines(name: str, tell: Tell) -> Callable[[RunStart | StepRecord | EvalRecord], None]:
+def training_lines(
+    name: str, tell: Callable[[str], None]
+) -> Callable[[RunStart | StepRecord | EvalRecord], None]:
     """Return a report that tells each evaluation in one line."""
     total = 0
     speed: float | None = None
@@ -347,73 +298,3 @@ def training_lines(name: str, tell: Tell) -> Callable[[RunStart | StepRecord | E
             tell(f"    {name} {record.step}/{total}: held-out {losses}{rate}")
 
     return report
-
-
-def _report(
-    folders: Folders,
-    recipe: DemoRecipe,
-    evaluation: EvaluationResult,
-    histories: Mapping[str, TrainingHistory],
-    clock: Mapping[str, float],
-) -> tuple[Path, Path]:
-    from offsite_ray.report import write_report
-
-    return write_report(
-        folders.root,
-        evaluation,
-        title="Offsite-tuning, from one machine's point of view",
-        histories=histories,
-        artefacts=artefacts(folders, histories, clock),
-        notes=notes(recipe, evaluation),
-        facts={
-            **facts(recipe, folders.owner / "full-model"),
-            "Machine": f"{platform.machine()}, {os.cpu_count()} cores, Python "
-            f"{platform.python_version()}",
-        },
-    )
-
-
-def artefacts(
-    folders: Folders, histories: Mapping[str, TrainingHistory], clock: Mapping[str, float]
-) -> list[Artefact]:
-    """Return what each step made: its size on disk, its time, its memory."""
-    from offsite_ray.report import Artefact
-
-    rows = (
-        ("full model", folders.owner / "full-model", None, None, "stays with the owner"),
-        ("emulator bundle", folders.owner / "bundle", "compress", None, "some blocks dropped"),
-        (
-            "distilled emulator bundle",
-            folders.data_owner / "bundle",
-            "distill",
-            "distillation",
-            "owner to data owner",
-        ),
-        (
-            "adapter bundle",
-            folders.data_owner / "adapter",
-            "finetune",
-            "fine-tuning (data owner)",
-            "data owner to owner",
-        ),
-        ("plugged-in model", folders.owner / "plugged-in", "plug in", None, "what is served"),
-        ("bound", folders.evaluation / "bound", "bound", "bound", "only to judge by"),
-        (
-            "fine-tuned model",
-            folders.evaluation / "fine-tuned",
-            "full fine-tuning",
-            "full fine-tuning",
-            "only to judge by",
-        ),
-    )
-    return [
-        Artefact(
-            name=name,
-            path=str(path.relative_to(folders.root)),
-            size_bytes=sum(f.stat().st_size for f in path.rglob("*") if f.is_file()),
-            seconds=clock.get(step) if step else None,
-            peak_memory_bytes=histories[run].peak_memory_bytes if run else None,
-            note=note,
-        )
-        for name, path, step, run, note in rows
-    ]

@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo's report says beside its numbers, decided by the numbers."""
+"""The demo's report: what it says beside its numbers is decided by the numbers."""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
 from typing import TYPE_CHECKING
 
+from offsite_ray.report import Artefact, write_report
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
+    from offsite_ray.demo.folders import Folders
     from offsite_ray.demo.recipe import DemoRecipe
-    from offsite_ray.results import EvaluationResult
+    from offsite_ray.results import EvaluationResult, TrainingHistory
 
 _TRADE = (
     "The trade: every step of distillation brings the emulator nearer to the full model, so the "
@@ -22,7 +28,26 @@ _TRADE = (
 )
 
 
-def notes(recipe: DemoRecipe, evaluation: EvaluationResult) -> list[str]:
+def write_page(
+    folders: Folders,
+    recipe: DemoRecipe,
+    evaluation: EvaluationResult,
+    histories: Mapping[str, TrainingHistory],
+    seconds: Mapping[str, float],
+) -> tuple[Path, Path]:
+    """Write ``report.html`` and ``report.png``; return where they are."""
+    return write_report(
+        folders.root,
+        evaluation,
+        title="Offsite-tuning, from one machine's point of view",
+        histories=histories,
+        artefacts=artefacts(folders, histories, seconds),
+        notes=notes(evaluation),
+        facts=facts(recipe, folders.full_model),
+    )
+
+
+def notes(evaluation: EvaluationResult) -> list[str]:
     """Return the paragraphs of the report: what was found, and the trade behind it."""
     share, privacy = evaluation.bound_share, evaluation.gaps.privacy
     found = []
@@ -64,4 +89,46 @@ def facts(recipe: DemoRecipe, foundation: Path) -> dict[str, str]:
             f"{log['parameters'] / 1e6:.1f}M parameters, {log['recipe']['num_blocks']} blocks; "
             f"held-out perplexity {log['held_out']['perplexity']:.1f} on its own kind of text"
         )
+    known["Machine"] = (
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    )
     return known
+
+
+def artefacts(
+    folders: Folders, histories: Mapping[str, TrainingHistory], seconds: Mapping[str, float]
+) -> list[Artefact]:
+    """Return what each step made: its size on disk, its time, its memory."""
+    trained = "fine-tuning (data owner)"
+    rows = (
+        ("full model", folders.full_model, "", "", "stays with the owner"),
+        ("emulator bundle", folders.compressed, "compress", "", "some blocks dropped"),
+        (
+            "distilled emulator bundle",
+            folders.received,
+            "distill",
+            "distillation",
+            "owner to data owner",
+        ),
+        ("adapter bundle", folders.adapter, "finetune", trained, "data owner to owner"),
+        ("plugged-in model", folders.plugged_in, "plug in", "", "what is served"),
+        ("bound", folders.bound, "bound", "bound", "only to judge by"),
+        (
+            "fine-tuned model",
+            folders.fine_tuned,
+            "full fine-tuning",
+            "full fine-tuning",
+            "only to judge by",
+        ),
+    )
+    return [
+        Artefact(
+            name=name,
+            path=str(path.relative_to(folders.root)),
+            size_bytes=sum(f.stat().st_size for f in path.rglob("*") if f.is_file()),
+            seconds=seconds.get(step),
+            peak_memory_bytes=histories[run].peak_memory_bytes if run else None,
+            note=note,
+        )
+        for name, path, step, run, note in rows
+    ]
