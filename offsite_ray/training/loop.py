@@ -118,7 +118,7 @@ def evaluate_loss(
     """Return the mean losses on held-out rows, which the workers share.
 
     Every worker does the same number of forward passes, as ZeRO-3 needs; one without a row left
-    repeats its last and counts it as nothing.
+    takes the first and counts it as nothing.
     """
     rows = range(min(len(held_out), _MAX_EVAL_ROWS))
     own = list(rows)[engine.rank :: engine.world_size]
