@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from offsite_ray.errors import StorageError
 from offsite_ray.report_plots import Bar, Panel, by_history, panel_svg, summary_png
-from offsite_ray.results import SETTINGS, EvaluationResult, Gaps, SettingResult, TrainingHistory
+from offsite_ray.results import (
+    SETTINGS,
+    EvaluationResult,
+    Gaps,
+    SettingResult,
+    TrainingHistory,
+    main_metric,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,8 +28,6 @@ if TYPE_CHECKING:
 
 NOT_MEASURED = "\N{EN DASH}"
 """What stands where nothing was measured."""
-
-_MAIN_METRICS = ("acc", "exact_match", "em", "acc_norm", "f1")
 
 _LABELS = {
     "full_zero_shot": ("Full zero-shot", "the full model as it is"),
@@ -92,7 +97,7 @@ def task_metrics(evaluation: EvaluationResult) -> dict[str, str]:
     found: dict[str, str] = {}
     for setting in filter(None, evaluation.settings.values()):
         for task, metrics in setting.tasks.items():
-            found[task] = found.get(task) or _main_metric(metrics)
+            found[task] = found.get(task) or main_metric(metrics) or ""
     return found
 
 
@@ -199,11 +204,6 @@ def _row(name: str, setting: SettingResult | None, tasks: Mapping[str, str]) -> 
         nats_per_byte=None if text is None else text.nats_per_byte,
         scores={task: _main_score(measured.get(task, {}), main) for task, main in tasks.items()},
     )
-
-
-def _main_metric(metrics: Mapping[str, float]) -> str:
-    named = {metric.split(",")[0]: metric for metric in reversed(list(metrics))}
-    return next((named[name] for name in _MAIN_METRICS if name in named), "")
 
 
 def _main_score(metrics: Mapping[str, float], main: str) -> Score | None:

@@ -20,6 +20,10 @@ SETTINGS = (
 """The five settings of the paper and the bound, in the order of every table."""
 
 
+MAIN_METRICS = ("acc", "exact_match", "em", "acc_norm", "f1")
+"""Scores of a task from 0 to 1 where higher is better, the preferred one first."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunStart:
     """What a training run is about to do."""
@@ -156,6 +160,12 @@ def _setting_json(setting: SettingResult) -> dict[str, Any]:
     text = {} if measured is None else to_plain(measured)
     perplexity = None if measured is None else to_plain(measured.perplexity)
     return {"perplexity": perplexity, **text, "tasks": to_plain(setting.tasks)}
+
+
+def main_metric(metrics: Mapping[str, float]) -> str | None:
+    """Return the name of the metric that a task is told by: accuracy where it has one."""
+    named = {name.split(",")[0]: name for name in reversed(list(metrics))}
+    return next((named[base] for base in MAIN_METRICS if base in named), None)
 
 
 def to_plain(value: Any) -> Any:

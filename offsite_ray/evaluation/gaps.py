@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from offsite_ray import __version__
 from offsite_ray.bundle.manifest import now
-from offsite_ray.evaluation.tasks import main_score
-from offsite_ray.results import SETTINGS, EvaluationResult, GapMetric, Gaps, SettingResult
+from offsite_ray.results import (
+    SETTINGS,
+    EvaluationResult,
+    GapMetric,
+    Gaps,
+    SettingResult,
+    main_metric,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,14 +77,20 @@ def _difference(goodness: Mapping[str, float], better: str, worse: str) -> float
 
 
 def _scores(settings: Mapping[str, SettingResult], task: str) -> dict[str, float]:
-    scores = {name: main_score(s.tasks.get(task, {})) for name, s in settings.items()}
+    scores = {name: _main_score(s.tasks.get(task, {})) for name, s in settings.items()}
     return {name: score for name, score in scores.items() if score is not None}
+
+
+def _main_score(metrics: Mapping[str, float]) -> float | None:
+    name = main_metric(metrics)
+    return None if name is None else metrics[name]
 
 
 def _mean_scores(settings: Mapping[str, SettingResult]) -> dict[str, float]:
     means = {}
     for name, setting in settings.items():
-        scores = [s for metrics in setting.tasks.values() if (s := main_score(metrics)) is not None]
+        found = map(_main_score, setting.tasks.values())
+        scores = [score for score in found if score is not None]
         if scores:
             means[name] = sum(scores) / len(scores)
     return means

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 _FEWSHOT_SEED = 1234
 """lm-eval's own default, so that a prompt is the one that others measured with."""
 
-_MAIN_METRICS = ("acc", "exact_match", "em", "acc_norm", "f1")
-"""Scores from 0 to 1 where higher is better, the preferred one first."""
-
 
 def run_tasks(
     model: PreTrainedModel,
@@ -64,15 +61,6 @@ def run_tasks(
         task: _plain_metrics(metrics, results["n-samples"].get(task))
         for task, metrics in results["results"].items()
     }
-
-
-def main_score(metrics: Mapping[str, float]) -> float | None:
-    """Return the score of a task that gaps are counted in: accuracy where it has one."""
-    for name in _MAIN_METRICS:
-        for metric, value in metrics.items():
-            if metric.split(",")[0] == name:
-                return value
-    return None
 
 
 def _is_mean(task: Any) -> bool:
