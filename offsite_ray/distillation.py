@@ -262,7 +262,7 @@ class DistillTask:
         """Return what a checkpoint must agree on to be resumed."""
         return {
             "bundle": self.bundle_id,
-            "data": [self.data.num_blocks, self.data.block_size, self.data.tokenizer],
+            "data": self.data.digest,
         }
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,14 @@ def read_documents(sources: Sequence[str]) -> Iterator[dict[str, Any]]:
     """
     for source in sources:
         path = Path(source)
-        if path.is_dir():
+        # Not Path's own questions, to which a name that is too long is an OSError and not a no.
+        if os.path.isdir(path):
             files = sorted(p for p in path.rglob("*") if p.suffix in READERS and p.is_file())
             if not files:
                 raise DataError(f"{source} holds no file of {', '.join(READERS)}")
             for file in files:
                 yield from _read_file(file)
-        elif path.exists():
+        elif os.path.exists(path):
             yield from _read_file(path)
         elif path.suffix in READERS or path.is_absolute():
             raise DataError(f"{source} does not exist; give a file, a directory or a dataset")
@@ -53,7 +55,7 @@ def _read_file(file: Path) -> Iterator[dict[str, Any]]:
     try:
         for number, row in enumerate(READERS[file.suffix](file), start=1):
             yield _checked(row, f"{file}, row {number}")
-    except (UnicodeDecodeError, ValueError, pa.ArrowException) as error:
+    except (ValueError, RecursionError, pa.ArrowException) as error:
         raise DataError(f"{file} cannot be read as {file.suffix}: {error}") from error
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
@@ -65,9 +67,12 @@ def _read_text(file: Path) -> Iterator[Any]:
 
 def _read_jsonl(file: Path) -> Iterator[Any]:
     with file.open(encoding="utf-8") as lines:
-        for line in lines:
+        for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield json.loads(line)
+                try:
+                    yield json.loads(line)
+                except ValueError as error:  # its own message counts lines from this one
+                    raise ValueError(f"line {number} is no JSON: {error}") from error
 
 
 def _read_parquet(file: Path) -> Iterator[Any]:
@@ -93,7 +98,7 @@ def _read_dataset(name: str) -> Iterator[dict[str, Any]]:
     except DataError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{name} is no file, and no dataset either: {reason}") from error
 
 

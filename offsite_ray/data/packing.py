@@ -68,10 +68,11 @@ class Packer:
                 tokens, targets = tokens[: self.block_size], targets[: self.block_size]
             if self._filled + len(tokens) > self.block_size:
                 yield self._take()
-        while tokens:
-            room = self.block_size - self._filled
-            self._add(tokens[:room], targets[:room])
-            tokens, targets = tokens[room:], targets[room:]
+        start = 0
+        while start < len(tokens):
+            end = start + self.block_size - self._filled
+            self._add(tokens[start:end], targets[start:end])
+            start = end
             if self._filled == self.block_size:
                 yield self._take()
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,12 +50,14 @@ class PrepareResult:
     """Completions that were longer than a block and lost their end."""
     tokenizer: str
     """Digest of the tokenizer's ``tokenizer.json``."""
+    digest: str
+    """Digest of the blocks; the same text, tokenizer and block size give the same."""
     seconds: float
 
 
 def is_prepared(source: str | Path) -> bool:
     """Return whether a path is a prepared directory."""
-    return (Path(source) / DATA_MANIFEST).is_file()
+    return os.path.isfile(Path(source) / DATA_MANIFEST)  # of a text for a name: no, not an error
 
 
 def prepare(config: PrepareConfig, notice: Notice | None = None) -> PrepareResult:
@@ -102,6 +105,7 @@ def write_blocks(
             num_targets=packer.num_targets,
             num_truncated=packer.num_truncated,
             tokenizer=tokenizer_digest(tokenizer_dir),
+            digest=digest_file(tmp / BLOCKS_FILE),
             seconds=time.perf_counter() - start,
         )
         record = {key: value for key, value in asdict(result).items() if key != "out"}
@@ -159,6 +163,9 @@ class PreparedData:
     block_size: int
     num_blocks: int
     tokenizer: str
+    """Digest of the tokenizer that it was made with."""
+    digest: str | None = None
+    """Digest of the blocks; None for blocks that ``prepare`` did not write."""
 
 
 def open_prepared(path: str | Path, tokenizer_dir: str | Path, vocab_size: int) -> PreparedData:
@@ -175,6 +182,7 @@ def open_prepared(path: str | Path, tokenizer_dir: str | Path, vocab_size: int) 
             block_size=int(record["block_size"]),
             num_blocks=int(record["num_blocks"]),
             tokenizer=str(record["tokenizer"]),
+            digest=str(record["digest"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file} is damaged: {error!r}; run 'offsite-ray prepare' again") from error
@@ -183,8 +191,10 @@ def open_prepared(path: str | Path, tokenizer_dir: str | Path, vocab_size: int) 
             f"{path} was prepared with another tokenizer than that of {tokenizer_dir}; run "
             f"'offsite-ray prepare --tokenizer {tokenizer_dir}'"
         )
-    columns = read_columns(data.path)
-    largest = int(columns["input_ids"].max())
+    blocks = data.path / BLOCKS_FILE
+    if not blocks.is_file() or digest_file(blocks) != data.digest:
+        raise DataError(f"{blocks} is missing or was altered; run 'offsite-ray prepare' again")
+    largest = int(read_columns(data.path)["input_ids"].max())
     if largest >= vocab_size:
         raise DataError(
             f"{path} holds token {largest}, and the model knows {vocab_size}: the tokenizer does "

@@ -100,7 +100,7 @@ class FinetuneTask:
         return {
             "model": self.model_id,
             "indices": self.indices,
-            "data": [self.data.num_blocks, self.data.block_size, self.data.tokenizer],
+            "data": self.data.digest,
         }
 
 

@@ -46,9 +46,14 @@ def prepared_for(
             write_blocks(sources, model_dir, length, data, notice)
         return open_prepared(data.resolve(), model_dir, config.vocab_size)
     found = open_prepared(Path(prepared[0]).resolve(), model_dir, config.vocab_size)
-    if seq_len not in (None, found.block_size) or found.block_size > longest:
+    if found.block_size > longest:
         raise ConfigError(
-            f"{prepared[0]} has blocks of {found.block_size} tokens; seq_len={seq_len} asks for "
-            f"others, and the model has {longest} positions"
+            f"{prepared[0]} has blocks of {found.block_size} tokens, more than the model's "
+            f"{longest} positions; prepare it with --block-size {longest}"
+        )
+    if seq_len not in (None, found.block_size):
+        raise ConfigError(
+            f"{prepared[0]} has blocks of {found.block_size} tokens, not seq_len={seq_len}; leave "
+            "--seq-len out, or prepare the text anew"
         )
     return found
