@@ -52,7 +52,8 @@ def open_adapter(directory: str | Path) -> AdapterBundle:
     manifest = read_manifest(path)
     check_kind(path, manifest, "adapter_bundle")
     check_files(path, manifest)
-    method = (manifest.recipe.get("finetuning") or {}).get("method")
+    finetuning = manifest.recipe.get("finetuning")
+    method = finetuning.get("method") if isinstance(finetuning, dict) else None
     if not isinstance(method, str):
         raise IntegrityError(f"{path}: the manifest does not say by which method it was trained")
     files = sorted(path / name for name in manifest.files if name.endswith(".safetensors"))

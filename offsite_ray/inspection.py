@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from offsite_ray.adapter import open_adapter
 from offsite_ray.architectures import config_values, load_config, resolve_architecture
+from offsite_ray.architectures.bottleneck import BOTTLENECK_FILE
 from offsite_ray.bundle import (
     MANIFEST,
     Kind,
@@ -21,6 +22,7 @@ from offsite_ray.bundle import (
 from offsite_ray.emulator import blocks_path, check_fits, open_bundle, open_full_model
 from offsite_ray.finetuning.host import host_of_full_model
 from offsite_ray.finetuning.methods import finetuning_method
+from offsite_ray.finetuning.writing import check_plug_in
 from offsite_ray.results import to_plain
 
 if TYPE_CHECKING:
@@ -117,9 +119,12 @@ def verify(config: VerifyConfig) -> VerifyResult:
         check_fits(path, manifest, full)
         if manifest.kind == "adapter_bundle":
             adapter = open_adapter(path)
-            method = finetuning_method(adapter.method)
-            if method.replacements is not None:
-                method.replacements(path, adapter.weights, host_of_full_model(full, adapter.plan))
+            check_plug_in(
+                finetuning_method(adapter.method),
+                path,
+                adapter.weights,
+                host_of_full_model(full, adapter.plan),
+            )
     return VerifyResult(
         path=config.path,
         kind=manifest.kind,
@@ -134,7 +139,9 @@ def _open_plugged_in(path: Path) -> int:
     manifest = read_manifest(path)
     check_kind(path, manifest, "plugged_in_model")
     check_files(path, manifest)
-    return len(TensorDirectory.of_model(path).tensors)
+    weights = TensorDirectory.of_model(path)
+    beside = [path / name for name in manifest.files if name == BOTTLENECK_FILE]
+    return len(weights.tensors) + len(TensorDirectory(beside).tensors)
 
 
 _OPENERS: dict[Kind, Callable[[Path], int]] = {

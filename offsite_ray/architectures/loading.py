@@ -10,8 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 
-from offsite_ray.architectures.bottleneck import BOTTLENECK_FILE, BOTTLENECK_TYPE, load_bottlenecks
+from offsite_ray.architectures.bottleneck import (
+    BOTTLENECK_FILE,
+    BOTTLENECK_NAME,
+    BOTTLENECK_TYPE,
+    load_bottlenecks,
+)
 from offsite_ray.architectures.detection import model_class, resolve_architecture
 from offsite_ray.errors import (
     FamilyError,
@@ -66,7 +72,10 @@ def load_config(directory: str | Path) -> PretrainedConfig:
 
     values = config_values(directory)
     if values.get("model_type") == BOTTLENECK_TYPE:
-        values = values["base_config"]
+        base = values.get("base_config")
+        if not isinstance(base, dict):
+            raise IntegrityError(f"{directory}/config.json lacks the base_config of a plug-in")
+        values = base
     if "auto_map" in values:
         raise FamilyError(
             f"{directory} brings its own code (auto_map), which is never run; "
@@ -97,7 +106,7 @@ def config_values(directory: str | Path) -> dict[str, Any]:
         raise StorageError(f"{directory} has no config.json, so it is no model directory")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise IntegrityError(f"{file} is no JSON: {error}") from error
     if not isinstance(values, dict):
         raise IntegrityError(f"{file} holds no JSON object")
@@ -136,6 +145,7 @@ def load_model(
                 dtype=dtype or "auto",
                 use_safetensors=True,
                 local_files_only=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
                 output_loading_info=True,
             )
     except OffsiteError:
@@ -150,10 +160,23 @@ def load_model(
                 f"{directory} does not fit its config.json: {problem.replace('_', ' ')}, "
                 f"e.g. {example}"
             )
-    if (Path(directory) / BOTTLENECK_FILE).exists():
-        load_bottlenecks(model, resolve_architecture(config), Path(directory) / BOTTLENECK_FILE)
+    if config_values(directory).get("model_type") == BOTTLENECK_TYPE:
+        _add_bottlenecks(model, config, Path(directory) / BOTTLENECK_FILE)
     model.eval()
     return model if device is None else model.to(device)  # type: ignore[no-any-return]
+
+
+def _add_bottlenecks(model: PreTrainedModel, config: PretrainedConfig, file: Path) -> None:
+    """Attach to a model in place what lies beside its weights, every tensor accounted for."""
+    try:
+        with safe_open(file, "pt") as saved:
+            names = set(saved.keys())
+        load_bottlenecks(model, resolve_architecture(config), file)
+    except Exception as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise IntegrityError(f"{file} cannot be loaded: {reason}") from error
+    if odd := names ^ {n for n, _ in model.named_parameters() if f".{BOTTLENECK_NAME}." in n}:
+        raise IntegrityError(f"{file}: tensor {min(odd)!r} is missing or of no bottleneck")
 
 
 def _drop_dropout(config: PretrainedConfig) -> None:

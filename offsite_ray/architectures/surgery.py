@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offsite_ray.architectures.detection import empty_model, get_blocks, model_class
-from offsite_ray.errors import IntegrityError
+from offsite_ray.errors import FamilyError, IntegrityError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +27,9 @@ def kept_config(config: PretrainedConfig, arch: Architecture, kept: Sequence[int
         config: Of a model with all its blocks; not changed.
         arch: Its architecture.
         kept: Absolute indices in ascending order.
+
+    Raises:
+        FamilyError: transformers refuses the config of the smaller model.
     """
     values = config.to_dict()
     for rule in arch.family.config_rules:
@@ -36,7 +39,13 @@ def kept_config(config: PretrainedConfig, arch: Architecture, kept: Sequence[int
         values["num_kv_shared_layers"] = sum(index >= first for index in kept)
     key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     values[key] = len(kept)
-    return type(config).from_dict(values)
+    try:
+        return type(config).from_dict(values)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FamilyError(
+            f"transformers refuses a {config.model_type} of {len(kept)} of its blocks: {reason}"
+        ) from error
 
 
 def disk_state(
@@ -97,10 +106,15 @@ def block_model(
         state[arch.rename(name, position[index])] = tensor
     small = kept_config(config, arch, indices)
     cls = model_class(small, arch.family.auto_class)
-    dtype = next(iter(disk.values())).dtype if disk else torch.float32
+    dtype = next((t.dtype for t in disk.values() if t.is_floating_point()), torch.float32)
     with quiet_transformers():
         model, info = cls.from_pretrained(
-            None, config=small, state_dict=state, dtype=dtype, output_loading_info=True
+            None,
+            config=small,
+            state_dict=state,
+            dtype=dtype,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            output_loading_info=True,
         )
     missing = sorted(name for name in info["missing_keys"] if arch.block_of(name) is not None)
     wrong = [*missing, *sorted(info["unexpected_keys"]), *map(str, info["mismatched_keys"])]

@@ -56,6 +56,20 @@ def digest_plain(value: Any) -> str:
     return digest_bytes(canonical_json(value).encode())
 
 
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; for ``object_pairs_hook``, to refuse one that names a value twice.
+
+    JSON readers disagree on which of the two counts.
+
+    Raises:
+        ValueError: A name occurs twice.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
 def canonical_json(value: Any) -> str:
     """Return the one JSON text of a value: sorted keys, no spaces, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

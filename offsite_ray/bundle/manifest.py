@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from offsite_ray import __version__
-from offsite_ray.bundle.digest import canonical_json, digest_file, digest_plain
+from offsite_ray.bundle.digest import canonical_json, digest_file, digest_plain, unique_names
 from offsite_ray.bundle.fingerprint import Fingerprint
 from offsite_ray.errors import BundleError, IntegrityError, OffsiteError, StorageError
 from offsite_ray.results import to_plain
@@ -26,6 +26,11 @@ SCHEMA_VERSION = 1
 Kind = Literal["emulator_bundle", "adapter_bundle", "plugged_in_model"]
 
 _MAX_MANIFEST_BYTES = 64 * 2**20
+_MAX_BLOCKS = 10_000
+"""More than any model has; a plan is spelled out block by block."""
+
+_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
+"""Of the files that a bundle may hold: neither pickles nor code."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +115,7 @@ def read_manifest(directory: Path) -> Manifest:
     if path.is_symlink() or path.stat().st_size > _MAX_MANIFEST_BYTES:
         raise IntegrityError(f"{path} is a link or over {_MAX_MANIFEST_BYTES} bytes; refused")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_names)
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{path} is no JSON: {error}") from error
     return _parse(path, values)
@@ -140,6 +145,7 @@ def _from_json(values: dict[str, Any]) -> Manifest:
     plan = content["plan"]
     if content["kind"] not in get_args(Kind):
         raise IntegrityError(f"kind {content['kind']!r} is none of {', '.join(get_args(Kind))}")
+    _check_types(content)
     return Manifest(
         **{
             **content,
@@ -155,11 +161,46 @@ def _from_json(values: dict[str, Any]) -> Manifest:
     )
 
 
+def _check_types(content: Mapping[str, Any]) -> None:
+    """Check what the class's annotations promise, where whatever reads a manifest relies on it."""
+    full_model, plan = content["full_model"], content["plan"]
+    for name in ("recipe", "dtypes", "measured"):
+        if not isinstance(content[name], dict):
+            raise IntegrityError(f"{name} is {content[name]!r}, not an object")
+    for name, digests in (("files", content["files"]), ("carried", full_model["carried"])):
+        if not isinstance(digests, dict) or not all(map(_is_text, digests.values())):
+            raise IntegrityError(f"{name} does not give a digest for each name")
+    texts = {
+        **content["model"],
+        **{name: content[name] for name in ("created", "tool")},
+        **{name: full_model[name] for name in ("config", "layout", "sample")},
+        "trained_against": content["trained_against"] or "",
+    }
+    if odd := [name for name, value in texts.items() if not _is_text(value)]:
+        raise IntegrityError(f"{odd[0]} is {texts[odd[0]]!r}, not a line of text")
+    if not 0 <= plan["num_blocks"] <= _MAX_BLOCKS:
+        raise IntegrityError(f"a plan for {plan['num_blocks']} blocks, at most {_MAX_BLOCKS}")
+    numbers = (plan["num_blocks"], *plan["adapter"], *plan["emulator"])
+    for number in numbers:
+        if type(number) is not int:
+            raise IntegrityError(f"the plan names block {number!r}, which is no whole number")
+
+
+def _is_text(value: object) -> bool:
+    """Return whether a value is text that may go to a terminal as it is."""
+    return isinstance(value, str) and value.isprintable()
+
+
 def _file_names(files: Mapping[str, str]) -> Mapping[str, str]:
     for name in files:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or len(path.parts) != 1 or name == MANIFEST:
             raise IntegrityError(f"the manifest names the file {name!r}, which is not beside it")
+        if path.suffix not in _SUFFIXES:
+            raise IntegrityError(
+                f"the manifest names the file {name!r}; bundles hold only "
+                f"{', '.join(_SUFFIXES)}, and anything else is never read"
+            )
     return files
 
 

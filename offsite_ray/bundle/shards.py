@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offsite_ray.bundle.atomic import link_or_copy
-from offsite_ray.bundle.digest import DigestingFile, canonical_json, digest_file
+from offsite_ray.bundle.digest import DigestingFile, canonical_json, digest_file, unique_names
 from offsite_ray.errors import IntegrityError, StorageError
 
 if TYPE_CHECKING:
@@ -121,7 +121,13 @@ class TensorDirectory:
             IntegrityError: Its index and its files disagree.
         """
         if (directory / INDEX).is_file():
-            return cls._of_index(directory)
+            found = cls._of_index(directory)
+            if (directory / WEIGHTS).is_file() and found.files != (directory / WEIGHTS,):
+                raise IntegrityError(
+                    f"{directory} holds {WEIGHTS}, which transformers reads, beside {INDEX} of "
+                    "other files; remove the one that is not meant"
+                )
+            return found
         if (directory / WEIGHTS).is_file():
             return cls([directory / WEIGHTS])
         pickles = [*directory.glob("*.bin"), *directory.glob("*.pt")]
@@ -138,10 +144,11 @@ class TensorDirectory:
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             names = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            paths = {name: Path(name) for name in names}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise IntegrityError(f"{index} is no index of safetensors: {error!r}") from error
         for name in names:
-            if Path(name).name != name or not name.endswith(".safetensors"):
+            if paths[name].name != name or not name.endswith(".safetensors"):
                 raise IntegrityError(f"{index} names {name!r}, which is no file beside it")
             if not (directory / name).is_file():
                 raise IntegrityError(f"{index} names {name!r}, which is missing")
@@ -182,7 +189,7 @@ def read_header(file: Path) -> list[TensorInfo]:
                     f"{file} is truncated or no safetensors file: {size} bytes, with a header of "
                     f"{length}"
                 )
-            header = json.loads(stream.read(length), object_pairs_hook=_unique)
+            header = json.loads(stream.read(length), object_pairs_hook=unique_names)
     except OSError as error:
         raise StorageError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -205,13 +212,6 @@ def read_header(file: Path) -> list[TensorInfo]:
             "something appended"
         )
     return infos
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if len(set(names)) != len(names):
-        raise ValueError("a name occurs twice")
-    return dict(pairs)
 
 
 def _info(file: Path, name: str, entry: Any, start: int) -> TensorInfo:

@@ -24,7 +24,7 @@ from offsite_ray.bundle import (
     rewrite_model,
     write_manifest,
 )
-from offsite_ray.emulator.companions import write_companions
+from offsite_ray.emulator.companions import belongs_to_bundle, write_companions
 from offsite_ray.emulator.full_model import FullModel, check_block_count
 from offsite_ray.errors import IntegrityError, PlugInError
 
@@ -75,6 +75,8 @@ def open_bundle(directory: str | Path) -> EmulatorBundle:
     manifest = read_manifest(path)
     check_kind(path, manifest, "emulator_bundle")
     check_files(path, manifest)
+    if foreign := [name for name in manifest.files if not belongs_to_bundle(name)]:
+        raise IntegrityError(f"{path} holds {foreign[0]!r}, which is no part of an emulator bundle")
     config = load_config(path)
     arch = resolve_architecture(config, blocks_path(manifest))
     weights = TensorDirectory.of_model(path)

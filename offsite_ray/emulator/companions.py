@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from typing import TYPE_CHECKING
 
+from offsite_ray.architectures.bottleneck import BOTTLENECK_FILE
 from offsite_ray.bundle import digest_file
+from offsite_ray.errors import FamilyError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,6 +22,7 @@ COMPANION_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "sentencepiece.bpe.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -32,9 +36,28 @@ COMPANION_FILES = (
 )
 """Files beside the weights that belong to a model: its tokenizer, image processor, templates."""
 
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5}\.safetensors|\.safetensors(\.index\.json)?)")
+
+
+def belongs_to_bundle(name: str) -> bool:
+    """Return whether an emulator bundle may hold a file of that name.
+
+    A stock loader acts on files of other names, ``adapter_config.json`` among them.
+    """
+    return name in ("config.json", *COMPANION_FILES) or _WEIGHTS.fullmatch(name) is not None
+
 
 def write_companions(source: Path, target: Path, config: PretrainedConfig | None) -> dict[str, str]:
-    """Copy tokenizer and templates; write the config (None: copy it too); return digests."""
+    """Copy tokenizer and templates; write the config (None: copy it too); return digests.
+
+    Raises:
+        FamilyError: More belongs to the model than would be copied.
+    """
+    if (source / BOTTLENECK_FILE).exists():
+        raise FamilyError(
+            f"{source} has bottleneck adapters beside its weights, which would be lost; use the "
+            "model that they were plugged into, or another method"
+        )
     names = [name for name in COMPANION_FILES if (source / name).is_file()]
     if config is None:
         names.append("config.json")

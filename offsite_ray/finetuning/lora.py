@@ -18,6 +18,7 @@ from offsite_ray.architectures import (
     Architecture,
     block_parameters,
     disk_state,
+    empty_model,
     get_blocks,
 )
 from offsite_ray.bundle import TensorDirectory, digest_file, specs, write_file
@@ -40,18 +41,33 @@ PEFT_CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
 """With which PEFT begins every name."""
 
-_REFUSED = {
-    "bias": "none",
-    "use_dora": False,
-    "use_rslora": False,
-    "modules_to_save": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "layer_replication": None,
-    "lora_bias": False,
-    "target_parameters": None,
-}
-"""Settings of PEFT that would change the merge, and the only value of each that is accepted."""
+_USED = frozenset({"peft_type", "r", "lora_alpha", "target_modules"})
+"""Settings of PEFT that the merge follows."""
+
+_WITHOUT_EFFECT = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_dropout",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "task_type",
+    }
+)
+"""Settings that change nothing once the modules are named and the matrices trained."""
+
+_OFF: tuple[object, ...] = (None, False, {}, [], "none")
+"""Values of any other setting: what it would do is unknown to the merge."""
+
+_KEEPS_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
+"""Ways to initialise LoRA after which the frozen weights are still the full model's."""
 
 
 def linear_modules(model: PreTrainedModel, arch: Architecture, indices: Sequence[int]) -> list[str]:
@@ -124,8 +140,6 @@ def save_lora(
 
 def _transposed(host: Host, tensors: Mapping[str, Tensor], module: str) -> bool:
     """Return whether the module keeps its weight as ``(in, out)``, as GPT-2 does."""
-    from offsite_ray.architectures import empty_model
-
     return _is_conv1d(empty_model(host.config), host.own_name(module))
 
 
@@ -146,12 +160,14 @@ def lora_replacements(
         if host.arch.block_of(name) in host.positions.values()
     }
     parameters = block_parameters(host.config, host.arch, disk)
+    model = empty_model(host.config, host.arch.family.auto_class)
     for module, (a, b) in pairs.items():
         name = f"{host.own_name(module)}.weight"
         if host.arch.block_of(module) not in host.positions or name not in parameters:
             raise PlugInError(f"{path} targets {module!r}, which is in no adapter block")
         delta = scale * (b.float() @ a.float())
-        delta = delta.T if settings["fan_in_fan_out"] else delta
+        # As PEFT does: how a layer keeps its weight is the layer's to say, not the file's.
+        delta = delta.T if _is_conv1d(model, host.own_name(module)) else delta
         if delta.shape != parameters[name].shape:
             raise PlugInError(
                 f"{path}: LoRA of {module!r} makes {list(delta.shape)} where the model has "
@@ -171,17 +187,14 @@ def _settings(path: Path) -> dict[str, Any]:
         settings = json.loads((path / PEFT_CONFIG).read_text(encoding="utf-8"))
         if settings["peft_type"] != "LORA":
             raise ValueError(f"peft_type {settings['peft_type']!r} is not LORA")
-        for key, allowed in _REFUSED.items():
-            if settings.get(key, allowed) not in (allowed, None):
-                raise ValueError(f"{key}={settings[key]!r}, only {allowed!r} can be plugged in")
+        for key, value in settings.items():
+            allowed = _KEEPS_BASE if key == "init_lora_weights" else _OFF
+            if key not in _USED | _WITHOUT_EFFECT and value not in allowed:
+                raise ValueError(f"{key!r} of {value!r} cannot be plugged in")
         if not settings["r"] > 0 or not abs(settings["lora_alpha"]) < float("inf"):
             raise ValueError("r and lora_alpha must be finite, r positive")
-        return {
-            **settings,
-            "fan_in_fan_out": bool(settings.get("fan_in_fan_out")),
-            "target_modules": set(settings["target_modules"]),
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {**settings, "target_modules": set(settings["target_modules"])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PlugInError(f"{path / PEFT_CONFIG} cannot be used: {error}") from error
 
 
@@ -196,14 +209,16 @@ def _pairs(
         raise PlugInError(f"{path} {state} tensor {odd[0]!r}, unlike its {PEFT_CONFIG}")
     pairs = {}
     for module in sorted(modules):
-        a, b = (saved.read(f"{_PREFIX}{module}.lora_{x}.weight") for x in "AB")
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != settings["r"] or b.shape[1] != settings["r"]:
+        names = [f"{_PREFIX}{module}.lora_{x}.weight" for x in "AB"]
+        down, up = (saved.tensors[name].shape for name in names)
+        if len(down) != 2 or len(up) != 2 or {down[0], up[1]} != {settings["r"]}:
             raise PlugInError(
-                f"{path}: LoRA of {module!r} has the shapes {list(a.shape)} and {list(b.shape)}, "
+                f"{path}: LoRA of {module!r} has the shapes {list(down)} and {list(up)}, "
                 f"not of rank {settings['r']}"
             )
-        if a.dtype != torch.float32 or b.dtype != torch.float32:
-            raise PlugInError(f"{path}: LoRA of {module!r} is {a.dtype}, not float32")
+        if other := {saved.tensors[name].dtype for name in names} - {"F32"}:
+            raise PlugInError(f"{path}: LoRA of {module!r} is {min(other)}, not F32")
+        a, b = map(saved.read, names)
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise PlugInError(f"{path}: LoRA of {module!r} holds values that are not finite")
         pairs[module] = (a, b)

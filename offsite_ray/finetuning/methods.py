@@ -152,7 +152,8 @@ def bottleneck_tensors(path: Path, saved: TensorDirectory, host: Host) -> dict[s
     if odd := sorted(expected ^ set(saved.tensors)):
         state = "lacks" if odd[0] in expected else "holds"
         raise PlugInError(f"{path} {state} tensor {odd[0]!r}, unlike a bottleneck adapter here")
-    rank = next(i.shape[0] for n, i in saved.tensors.items() if n.endswith("down.weight"))
+    downs = [info for name, info in saved.tensors.items() if name.endswith("down.weight")]
+    rank = max((info.shape[0] for info in downs if info.shape), default=0)
     shapes = {
         "down.weight": (rank, hidden),
         "down.bias": (rank,),

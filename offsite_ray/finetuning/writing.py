@@ -43,6 +43,18 @@ def checked_replacements(
         raise PlugInError(str(error)) from error
 
 
+def check_plug_in(method: FinetuningMethod, path: Path, saved: TensorDirectory, host: Host) -> None:
+    """Check that trained tensors can be plugged into a model; nothing is written.
+
+    Raises:
+        BundleError: They cannot.
+    """
+    if method.replacements is None:
+        bottleneck_tensors(path, saved, host)
+    for new in checked_replacements(method, path, saved, host).values():
+        new()
+
+
 def _write_bottleneck(
     directory: Path, host: Host, path: Path, saved: TensorDirectory
 ) -> dict[str, str]:
