@@ -4,7 +4,6 @@
 from offsite_ray.architectures.detection import (
     Architecture,
     Notice,
-    check_separable,
     empty_model,
     get_blocks,
     model_class,
@@ -21,6 +20,7 @@ from offsite_ray.architectures.loading import (
     model_directory,
     quiet_transformers,
 )
+from offsite_ray.architectures.separation import check_separable
 from offsite_ray.architectures.surgery import block_parameters, disk_state, kept_config
 
 __all__ = [

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.configuration_utils import PretrainedConfig
 
-    from offsite_ray.split import SplitPlan
-
 Notice = Callable[[str], None]
 """Told in one line what the user should know although nothing is wrong."""
 
@@ -131,8 +129,9 @@ def _family(config: PretrainedConfig, blocks: str | None) -> tuple[Family, Recog
     if blocks is None and len(found) != 1:
         raise FamilyError(
             f"model type {config.model_type!r} is in no table (offsite_ray/architectures/"
-            f"families.py: {', '.join(FAMILIES)}) and has {len(found)} lists of "
-            f"{config.num_hidden_layers} equal blocks, not one; name it with --blocks PATH"
+            f"families.py: {', '.join(FAMILIES)}) and has not one list of "
+            f"{config.num_hidden_layers} equal blocks but {len(found)} "
+            f"({', '.join(found) or 'none'}); name one with --blocks PATH, or add a row"
         )
     family = Family(
         model_type=config.model_type,
@@ -165,54 +164,6 @@ def _own_block_lists(config: PretrainedConfig) -> tuple[str, ...]:
         and not name.endswith("_token_id")
     ]
     return tuple(dict.fromkeys((*BLOCK_LISTS, *own)))
-
-
-def check_separable(config: PretrainedConfig, arch: Architecture, plan: SplitPlan) -> None:
-    """Refuse a plan that this model cannot follow although it has the blocks.
-
-    Raises:
-        FamilyError: A block computes with its own index, or the cut separates a block that
-            produces keys and values from one that uses them again.
-    """
-    if plan.keeps_every_block:
-        return
-    for name, value in (arch.family.position_dependent or {}).items():
-        if getattr(config, name, None) == value:
-            raise FamilyError(
-                f"{config.model_type} with {name}={value} scales a block by its own index, so no "
-                "block can take another's place; only a plan that keeps every block works"
-            )
-    shared = getattr(config, "num_kv_shared_layers", 0) or 0
-    for consumer, producer in shared_kv(config, shared):
-        if _role(plan, consumer) != _role(plan, producer):
-            raise FamilyError(
-                f"block {consumer} of this {config.model_type} uses the keys and values of block "
-                f"{producer}, and the plan separates them ({_role(plan, producer)} and "
-                f"{_role(plan, consumer)}); keep both on the same side"
-            )
-
-
-def shared_kv(config: PretrainedConfig, num_shared: int) -> list[tuple[int, int]]:
-    """Return ``(consumer, producer)`` of the last ``num_shared`` blocks.
-
-    The producer is the last block before them of the consumer's attention type, as in
-    transformers' ``Gemma3nTextAttention``.
-    """
-    total = config.num_hidden_layers
-    types = getattr(config, "layer_types", None) or ["attention"] * total
-    first = total - num_shared
-    pairs = []
-    for consumer in range(first, total):
-        producers = [i for i in range(first) if types[i] == types[consumer]]
-        if producers:
-            pairs.append((consumer, producers[-1]))
-    return pairs
-
-
-def _role(plan: SplitPlan, index: int) -> str:
-    if index in plan.adapter:
-        return "adapter block"
-    return "emulator block" if index in plan.emulator else "dropped block"
 
 
 def get_blocks(model: PreTrainedModel, arch: Architecture) -> nn.ModuleList:
