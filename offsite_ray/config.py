@@ -226,6 +226,10 @@ class EvaluateConfig:
             raise ConfigError("nothing to measure: give --text FILE or --tasks NAME, or both")
         if self.adapter is not None and self.bundle is None:
             raise ConfigError("--adapter needs the --bundle that it was trained against")
+        for name, least in (("batch_size", 1), ("task_limit", 1), ("num_fewshot", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name}={value} must be at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

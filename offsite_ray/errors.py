@@ -54,13 +54,19 @@ class StorageError(OffsiteError):
 
 
 class TrainingError(OffsiteError):
-    """A run that cannot go on: a worker lost, a checkpoint that does not fit."""
+    """A run that cannot go on: a worker lost, an engine that failed."""
 
     exit_status = 1
 
 
 class DivergedError(TrainingError):
     """A loss that is not a number; to go on from a checkpoint would lead there again."""
+
+
+class ResumeError(TrainingError):
+    """A checkpoint of another run than the one that is to go on."""
+
+    exit_status = 2
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -360,6 +360,7 @@ def _duration(seconds: float | None) -> str:
 def _write_all(contents: Mapping[Path, bytes]) -> None:
     """Write every file to a temporary sibling first, then rename them all."""
     siblings = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp") for path in contents}
+    missing = [folder for folder in next(iter(contents)).parents if not folder.exists()]
     try:
         for path, content in contents.items():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -378,3 +379,6 @@ def _write_all(contents: Mapping[Path, bytes]) -> None:
         for sibling in siblings.values():
             with contextlib.suppress(OSError):
                 sibling.unlink()
+        for folder in missing:
+            with contextlib.suppress(OSError):  # it holds the report
+                folder.rmdir()

@@ -18,7 +18,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.errors import OffsiteError, TrainingError
+from offsite_ray.errors import ConfigError, OffsiteError, TrainingError
 from offsite_ray.results import EvalRecord, RunStart, StepRecord, TrainingHistory, to_plain
 from offsite_ray.training import TrainingOutcome, adamw, training_loop
 
@@ -50,7 +50,8 @@ def run_on_ray(
         report: Told of the records of worker 0 as they come.
 
     Raises:
-        TrainingError: The workers failed, or the cluster cannot hold them.
+        ConfigError: The cluster cannot hold the workers.
+        TrainingError: They failed.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -125,13 +126,13 @@ def _use_gpu(config: TrainingConfig) -> bool:
 
 
 def check_room(num_workers: int, *, gpu: bool) -> None:
-    """Refuse a run that the cluster can never hold; raise :class:`TrainingError`."""
+    """Refuse a run that the cluster can never hold; raise :class:`ConfigError`."""
     import ray
 
     kind = "GPU" if gpu else "CPU"
     there = ray.cluster_resources().get(kind, 0)
     if there < num_workers:
-        raise TrainingError(
+        raise ConfigError(
             f"{num_workers} workers need {num_workers} {kind}s, and the Ray cluster has {there:g}; "
             "lower --num-workers or add nodes"
         )

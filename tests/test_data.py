@@ -27,7 +27,7 @@ from offsite_ray.data import (
 )
 from offsite_ray.data.encoding import encode
 from offsite_ray.data.prepared import BLOCKS_FILE, DATA_MANIFEST, read_columns
-from offsite_ray.errors import ConfigError, DataError
+from offsite_ray.errors import DataError, ResumeError
 from offsite_ray.finetuning import finetune
 from offsite_ray.training import LanguageModelLoss, run_here
 from offsite_ray.training.batches import collate
@@ -393,7 +393,7 @@ def test_a_run_is_not_resumed_on_other_data(loop: Loop, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         finetune(given, run_here, stop_after(2))
     data("abd ")
-    with pytest.raises(ConfigError, match="data was"):
+    with pytest.raises(ResumeError, match="data was"):
         finetune(resumed, run_here, ignore)
     data("abc ")
     finetune(resumed, run_here, ignore)

@@ -15,7 +15,7 @@ import pytest
 from offsite_ray.bundle import TensorDirectory
 from offsite_ray.config import DistillConfig, FinetuneConfig
 from offsite_ray.distillation import DistillResult, distill
-from offsite_ray.errors import TrainingError
+from offsite_ray.errors import ConfigError, TrainingError
 from offsite_ray.finetuning import finetune
 from offsite_ray.results import EvalRecord, RunStart, StepRecord
 from offsite_ray.train import run_on_ray
@@ -136,7 +136,7 @@ def test_bf16_masters_and_reports(loop: Loop, tmp_path: Path) -> None:
 
 
 def test_more_workers_than_the_cluster_holds(loop: Loop, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="64 workers need 64 CPUs"):
+    with pytest.raises(ConfigError, match="64 workers need 64 CPUs"):
         run(loop, tmp_path / "out", run_on_ray, num_workers=64, batch_size=64)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,7 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bundles on disk: safetensors, manifests, fingerprints, atomic writing."""
 
-from offsite_ray.bundle.atomic import atomic_directory, atomic_file, check_free, link_or_copy
+from offsite_ray.bundle.atomic import (
+    atomic_directory,
+    atomic_file,
+    check_free,
+    check_parent,
+    link_or_copy,
+    made_parent,
+    storage_error,
+)
 from offsite_ray.bundle.digest import digest_file
 from offsite_ray.bundle.fingerprint import Fingerprint, difference, fingerprint
 from offsite_ray.bundle.manifest import (
@@ -43,14 +51,17 @@ __all__ = [
     "check_files",
     "check_free",
     "check_kind",
+    "check_parent",
     "difference",
     "digest_file",
     "fingerprint",
     "link_or_copy",
+    "made_parent",
     "read_header",
     "read_manifest",
     "rewrite_model",
     "specs",
+    "storage_error",
     "write_file",
     "write_manifest",
     "write_model",

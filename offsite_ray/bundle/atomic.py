@@ -27,6 +27,20 @@ def check_free(out: Path) -> None:
             raise StorageError(f"{out} exists and is not empty; choose another --out or remove it")
     elif out.exists() or out.is_symlink():
         raise StorageError(f"{out} is in the way; choose another --out or remove it")
+    check_parent(out)
+
+
+def check_parent(out: Path) -> None:
+    """Refuse a path below something that is no directory, or that may not be written to.
+
+    Raises:
+        StorageError: It is.
+    """
+    folder = next(folder for folder in out.absolute().parents if folder.exists())
+    if not folder.is_dir():
+        raise StorageError(f"{folder} is no directory, so {out} cannot be written")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StorageError(f"{folder} may not be written to, so {out} cannot be; choose another")
 
 
 @contextlib.contextmanager
@@ -41,18 +55,19 @@ def atomic_directory(out: Path) -> Iterator[Path]:
     check_free(out)
     tmp = out.parent / f".{out.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tmp.mkdir()
-        yield tmp
-        _sync_tree(tmp)
-        if out.is_dir():
-            out.rmdir()
-        tmp.rename(out)
-        _sync(out.parent)
+        with made_parent(out):
+            try:
+                tmp.mkdir()
+                yield tmp
+                _sync_tree(tmp)
+                if out.is_dir():
+                    out.rmdir()
+                tmp.rename(out)
+                _sync(out.parent)
+            finally:
+                shutil.rmtree(tmp, ignore_errors=True)
     except OSError as error:
         raise storage_error(out, error) from error
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -60,14 +75,36 @@ def atomic_file(out: Path) -> Iterator[Path]:
     """Yield a temporary sibling of the file ``out`` that replaces it when the block ends well."""
     tmp = out.parent / f".{out.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        yield tmp
-        _sync(tmp)
-        tmp.replace(out)
+        with made_parent(out):
+            try:
+                yield tmp
+                _sync(tmp)
+                tmp.replace(out)
+            finally:
+                tmp.unlink(missing_ok=True)
     except OSError as error:
         raise storage_error(out, error) from error
-    finally:
-        tmp.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def made_parent(out: Path) -> Iterator[None]:
+    """Make the missing folders above ``out``; where the block fails, none of them stays.
+
+    Raises:
+        StorageError: The file system refuses.
+    """
+    missing = [folder for folder in out.parents if not folder.exists()]
+    try:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(out, error) from error
+        yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # not made, or no longer empty
+                folder.rmdir()
+        raise
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:

@@ -18,10 +18,10 @@ import torch
 
 from offsite_ray.adapter import AdapterBundle, open_adapter
 from offsite_ray.architectures import DTYPES, load_model, load_tokenizer
-from offsite_ray.bundle import atomic_file
+from offsite_ray.bundle import atomic_file, check_parent
 from offsite_ray.data import read_documents, tokenizer_digest
 from offsite_ray.emulator import EmulatorBundle, FullModel, check_fits, open_bundle, open_full_model
-from offsite_ray.errors import DataError, PlugInError
+from offsite_ray.errors import DataError, PlugInError, StorageError
 from offsite_ray.evaluation.gaps import compare
 from offsite_ray.evaluation.perplexity import EncodedDocument, context_length, encode, perplexity
 from offsite_ray.evaluation.task_loading import LoadedTasks, load_tasks
@@ -89,9 +89,11 @@ def evaluate(
         progress: Told in one line what was measured.
 
     Raises:
-        OffsiteError: An artefact does not belong to the full model, or a text cannot be read.
+        OffsiteError: An artefact does not belong to the full model, a text cannot be read, or the
+            result cannot be written.
     """
     start = time.perf_counter()
+    _check_outputs(config)
     artefacts = open_artefacts(config)
     yardstick = _yardstick(config, artefacts.full)
     settings: dict[str, SettingResult] = {}
@@ -108,6 +110,17 @@ def evaluate(
         with atomic_file(Path(config.out)) as tmp:
             tmp.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
     return result
+
+
+def _check_outputs(config: EvaluateConfig) -> None:
+    """Refuse what cannot be written to, before anything is measured."""
+    out, report = (Path(name) if name else None for name in (config.out, config.report))
+    if out is not None and out.is_dir():
+        raise StorageError(f"--out {out} is a directory; give the name of a file")
+    if report is not None and report.exists() and not report.is_dir():
+        raise StorageError(f"--report {report} is no directory; give the name of one")
+    for path in filter(None, (out, report)):
+        check_parent(path)
 
 
 def open_artefacts(config: EvaluateConfig) -> Artefacts:
@@ -134,7 +147,7 @@ def open_artefacts(config: EvaluateConfig) -> Artefacts:
             f"{bound.path} was trained against a bundle that keeps {bound.plan.short}, not every "
             "block, so it is no bound; give it as --adapter"
         )
-    finetuned = Path(config.finetuned) if config.finetuned is not None else None
+    finetuned = open_full_model(config.finetuned).path if config.finetuned is not None else None
     for directory in (bundle.path if bundle else None, finetuned):
         if directory is not None and tokenizer_digest(directory) != tokenizer_digest(full.path):
             raise DataError(

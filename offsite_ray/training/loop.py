@@ -40,7 +40,8 @@ def training_loop(
     """Train; called by every worker with the same arguments and its own engine.
 
     Raises:
-        TrainingError: The loss is not a number, or a checkpoint is of another run.
+        DivergedError: The loss is not a number.
+        ResumeError: A checkpoint is of another run.
     """
     train, held_out = task.datasets()
     plan = schedule(config, len(train))

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from offsite_ray.errors import DivergedError, StorageError, TrainingError
+from offsite_ray.bundle import made_parent, storage_error
+from offsite_ray.errors import DivergedError, ResumeError, StorageError
 from offsite_ray.results import EvalRecord, StepRecord, TrainingHistory, to_plain
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from offsite_ray.training.schedule import Schedule
 
 _STATE = "state.json"
+
+_TORCH_WRITER = "inline_container"
+"""What torch names in place of the reason, where the file system takes no more of a file."""
 
 _FREE_TO_CHANGE = frozenset(
     {"resume", "num_workers", "micro_batch_size", "use_gpu", "out", "checkpoint_every"}
@@ -72,9 +76,25 @@ class Progress:
         )
 
     def checkpoint(self, step: int, seconds: float) -> None:
-        """Write a checkpoint and remove the one before."""
-        target = self._run_dir / f"checkpoint-{step:08}"
+        """Write a checkpoint and remove the one before.
+
+        Raises:
+            StorageError: It cannot be written; the one before stays.
+        """
         partial = self._run_dir / f"partial-{step:08}"
+        try:
+            self._checkpoint(partial, step, seconds)
+        except (OSError, RuntimeError) as error:
+            if not isinstance(error, OSError) and _TORCH_WRITER not in str(error):
+                raise
+            shutil.rmtree(partial, ignore_errors=True)
+            reason = getattr(error, "strerror", None) or "No space left on device"
+            raise StorageError(
+                f"the checkpoint of step {step} cannot be written to {self._run_dir}: {reason}"
+            ) from error
+
+    def _checkpoint(self, partial: Path, step: int, seconds: float) -> None:
+        target = self._run_dir / f"checkpoint-{step:08}"
         if self._engine.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -100,19 +120,19 @@ class Progress:
         """Load the latest checkpoint; return its step, or 0 where there is none.
 
         Raises:
-            TrainingError: It is of another run, or of another number of workers.
+            ResumeError: It is of another run, or of another number of workers.
         """
         found = sorted(self._run_dir.glob("checkpoint-*"))
         if not found:
             return 0
         state = json.loads((found[-1] / _STATE).read_text(encoding="utf-8"))
         if state["identity"] != self._identity:
-            raise TrainingError(
+            raise ResumeError(
                 f"{found[-1]} is of a run with other settings: {_changed(state, self._identity)}; "
                 f"resume with the same, or remove {self._run_dir} to start anew"
             )
         if state["world_size"] != self._engine.world_size:
-            raise TrainingError(
+            raise ResumeError(
                 f"{found[-1]} was written by {state['world_size']} workers, and its optimizer "
                 f"state is cut to that; resume with --num-workers {state['world_size']}"
             )
@@ -158,14 +178,15 @@ def run_directory(out: Path, resume: bool) -> Iterator[Path]:
         )
     if run_dir.exists() and not resume:
         shutil.rmtree(run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{run_dir} cannot be made: {error.strerror}") from error
-    try:
-        yield run_dir
-    except BaseException as error:
-        if isinstance(error, DivergedError) or not any(run_dir.glob("checkpoint-*")):
-            shutil.rmtree(run_dir, ignore_errors=True)
-        raise
+    with made_parent(run_dir):
+        try:
+            run_dir.mkdir(exist_ok=True)
+        except OSError as error:
+            raise storage_error(out, error) from error
+        try:
+            yield run_dir
+        except BaseException as error:
+            if isinstance(error, DivergedError) or not any(run_dir.glob("checkpoint-*")):
+                shutil.rmtree(run_dir, ignore_errors=True)
+            raise
     shutil.rmtree(run_dir, ignore_errors=True)
