@@ -268,17 +268,25 @@ def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep lm-eval from writing progress bars and notices that are none of the user's business."""
+    """Keep lm-eval and datasets from writing bars and notices that are none of the user's business.
+
+    What is changed for that is as before afterwards.
+    """
+    import datasets
     import lm_eval.api.task as task_module
 
+    had_bars = datasets.is_progress_bar_enabled()
     logger = logging.getLogger("lm_eval")
     level, bar = logger.level, task_module.tqdm
     logger.setLevel(logging.ERROR)
     # The loop over documents has a bar that no argument turns off.
     task_module.tqdm = partial(bar, disable=True)
+    datasets.disable_progress_bars()
     try:
         yield
     finally:
+        if had_bars:
+            datasets.enable_progress_bars()
         task_module.tqdm = bar
         logger.setLevel(level)
 

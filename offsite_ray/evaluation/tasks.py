@@ -81,6 +81,9 @@ def _language_model(
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
             return super().loglikelihood(requests, disable_tqdm=True)
 
+        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return super().generate_until(requests, disable_tqdm=True)
+
         def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
             answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(*args, **kwargs)
             if any(math.isnan(likelihood) for likelihood, _ in answers):
