@@ -86,6 +86,10 @@ RECOGNISED: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": [_SLIDING, _SLIDING, _FULL, _SLIDING, _FULL, _FULL],
         },
     ),
+    "lfm2": (  # of two kinds of blocks in one class
+        "model.layers",
+        {**_GATED, "layer_types": ["conv", _FULL, "conv", _FULL, _FULL, "conv"]},
+    ),
     "olmoe": ("model.layers", {**_GATED, "num_experts": 4, "num_experts_per_tok": 2}),
 }
 """Model type to the path of its blocks and a tiny configuration."""

@@ -78,17 +78,24 @@ def _check_alike(config: PretrainedConfig, arch: Architecture, plan: SplitPlan) 
     small = empty_model(kept_config(config, arch, plan.kept), arch.family.auto_class)
     _refuse_change(config, "what is outside its blocks", _shapes(full, arch), _shapes(small, arch))
     before, after = (list(map(_traits, get_blocks(model, arch))) for model in (full, small))
-    own_index = {
-        name
-        for name, value in before[0].items()
-        if type(value) is int and [traits.get(name) for traits in before] == [*range(len(before))]
+    # An attribute that is the block's own index wherever it occurs (layer_idx) is to change.
+    is_index = {
+        (_attribute(name), type(value) is int and value == index)
+        for index, traits in enumerate(before)
+        for name, value in traits.items()
     }
+    own_index = {name for name, is_own in is_index if is_own and (name, False) not in is_index}
     for position, index in enumerate(plan.kept):
-        pair = (
-            {name: value for name, value in traits.items() if name not in own_index}
+        old, new = (
+            {name: value for name, value in traits.items() if _attribute(name) not in own_index}
             for traits in (before[index], after[position])
         )
-        _refuse_change(config, f"its block {index}", *pair)
+        _refuse_change(config, f"its block {index}", old, new)
+
+
+def _attribute(name: str) -> str:
+    """Return the last part of a dotted name."""
+    return name.rpartition(".")[2]
 
 
 def _shapes(model: nn.Module, arch: Architecture) -> dict[str, Any]:
