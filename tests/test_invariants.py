@@ -4,24 +4,32 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from offsite_ray.architectures import load_model
-from offsite_ray.config import CompressConfig, PlugInConfig
-from offsite_ray.emulator import compress
 from offsite_ray.errors import BundleError, ConfigError, IntegrityError, PlugInError
-from offsite_ray.plug_in import PlugInResult, plug_in
 from tests.adapters import METHODS, make_adapter
 from tests.damage import edit_tensors, reseal
+from tests.stock import (
+    CUT,
+    KEPT,
+    TOKENS,
+    block_index,
+    blocks_in,
+    cut,
+    logits_of,
+    plug,
+    put_blocks,
+    same_bytes,
+    stock,
+    stored,
+)
 from tests.tiny_models import FAMILIES, NUM_BLOCKS, save_tiny
 
 if TYPE_CHECKING:
@@ -30,15 +38,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
     from transformers import PreTrainedModel
-
-_AutoModel: Any = AutoModelForCausalLM
-
-TOKENS = (torch.arange(24) * 7 % 97 + 1).view(2, 12)
-"""Longer than the tiny models' sliding windows; never the end of the text."""
-
-CUT = "adapter=0,3,5 emulator=1,4"
-KEPT = (0, 1, 3, 4, 5)
-"""The plan of most tests, and the blocks that it keeps."""
 
 
 @dataclass(frozen=True)
@@ -61,68 +60,6 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     cut(model, CUT, root / "bundle")
     full = stock(model)
     return Case(family, root, model, root / "bundle", full, logits_of(full))
-
-
-def cut(model: Path, plan: str, out: Path) -> Path:
-    compress(CompressConfig(model=str(model), plan=plan, out=str(out)))
-    return out
-
-
-def plug(model: Path, adapter: Path, out: Path) -> PlugInResult:
-    return plug_in(PlugInConfig(model=str(model), adapter=str(adapter), out=str(out)))
-
-
-def stock(directory: Path) -> PreTrainedModel:
-    """Load as anybody would; whatever is missing, unknown or of another shape fails the test."""
-    model, info = _AutoModel.from_pretrained(str(directory), dtype="auto", output_loading_info=True)
-    assert not any(info.values()), info
-    model.eval()
-    loaded: PreTrainedModel = model
-    return loaded
-
-
-@torch.no_grad()
-def logits_of(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:
-    logits: Tensor = model(tokens, use_cache=False).logits
-    return logits
-
-
-def blocks_in(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the list of blocks without the help of the package's table."""
-    base = model.base_model
-    owner = getattr(base, "decoder", base)
-    blocks = owner.h if hasattr(owner, "h") else owner.layers
-    assert isinstance(blocks, nn.ModuleList)
-    return blocks
-
-
-def put_blocks(model: PreTrainedModel, blocks: nn.ModuleList) -> None:
-    base = model.base_model
-    owner = getattr(base, "decoder", base)
-    setattr(owner, "h" if hasattr(owner, "h") else "layers", blocks)
-
-
-def stored(directory: Path) -> dict[str, Tensor]:
-    """Return every tensor of a model directory, read by the safetensors library."""
-    files = [path for path in directory.glob("*.safetensors") if "bottleneck" not in path.name]
-    return {name: tensor for path in files for name, tensor in load_file(path).items()}
-
-
-def same_bytes(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return list(map(sorted, (found, expected))) == [sorted(expected)] * 2 and all(
-        found[name].dtype == tensor.dtype
-        and found[name].shape == tensor.shape
-        and torch.equal(
-            found[name].contiguous().flatten().view(torch.uint8),
-            tensor.contiguous().flatten().view(torch.uint8),
-        )
-        for name, tensor in expected.items()
-    )
-
-
-def block_index(name: str) -> int | None:
-    match = re.search(r"(?:^|\.)(?:h|layers)\.(\d+)\.", name)
-    return int(match[1]) if match else None
 
 
 # Invariant 1: keep every block
@@ -385,66 +322,3 @@ def test_another_plan_is_refused(case: Case, adapter: Path) -> None:
 def test_an_altered_adapter_is_refused(case: Case, adapter: Path) -> None:
     edit_tensors(adapter / "adapter.safetensors", _value(0.0))
     refused(case.model, adapter, IntegrityError, match="altered")
-
-
-# Checkpoints as they come: half precision, several files, names without the base model's prefix
-
-
-def rename_on_disk(directory: Path, old: str, new: str) -> None:
-    file = directory / "model.safetensors"
-    tensors = {re.sub(old, new, name): tensor for name, tensor in load_file(file).items()}
-    save_file(tensors, file, metadata={"format": "pt"})
-
-
-def check_round_trip(model: Path, tmp_path: Path) -> None:
-    """Keep all, cut, plug in untrained and trained: as with a plain checkpoint."""
-    full = stock(model)
-    whole = cut(model, "2-2-2", tmp_path / "whole")
-    assert torch.equal(logits_of(stock(whole)), logits_of(full))
-    bundle = cut(model, CUT, tmp_path / "bundle")
-    sliced = stock(bundle)
-    for position, index in enumerate(KEPT):
-        ours, theirs = (
-            b.state_dict() for b in (blocks_in(sliced)[position], blocks_in(full)[index])
-        )
-        assert same_bytes(dict(ours), dict(theirs))
-    for method in ("full", "lora"):
-        make_adapter(bundle, tmp_path / f"adapter-{method}", method=method)
-        plug(model, tmp_path / f"adapter-{method}", tmp_path / f"plugged-{method}")
-        assert same_bytes(stored(tmp_path / f"plugged-{method}"), stored(model))
-        assert torch.equal(logits_of(stock(tmp_path / f"plugged-{method}")), logits_of(full))
-    trained = make_adapter(bundle, tmp_path / "trained", noise=0.05)
-    plug(model, tmp_path / "trained", tmp_path / "plugged-trained")
-    for index in (0, 3, 5):
-        block = blocks_in(trained)[KEPT.index(index)]
-        blocks_in(full)[index].load_state_dict(block.state_dict())
-    assert torch.equal(logits_of(stock(tmp_path / "plugged-trained")), logits_of(full))
-
-
-@pytest.mark.parametrize("family", list(FAMILIES))
-def test_half_precision_in_several_files(family: str, tmp_path: Path) -> None:
-    model = save_tiny(family, tmp_path / "full", dtype=torch.bfloat16, max_shard_size=20_000)
-    assert len(list(model.glob("*.safetensors"))) > 2
-    assert (model / "model.safetensors.index.json").is_file()
-    check_round_trip(model, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("family", "prefix", "example"),
-    [
-        ("gpt2", r"^transformer\.", "h.0.ln_1.weight"),
-        ("bloom", r"^transformer\.", "h.0.input_layernorm.weight"),
-        ("opt", r"^model\.", "decoder.layers.0.fc1.weight"),
-        ("falcon", r"^transformer\.", "h.0.mlp.dense_h_to_4h.weight"),
-        ("qwen2", r"^model\.", "layers.0.mlp.up_proj.weight"),
-    ],
-)
-def test_names_without_the_prefix_of_the_base_model(
-    family: str, prefix: str, example: str, tmp_path: Path
-) -> None:
-    model = save_tiny(family, tmp_path / "full")
-    before = logits_of(stock(model))
-    rename_on_disk(model, prefix, "")
-    assert example in stored(model)
-    assert torch.equal(logits_of(stock(model)), before)
-    check_round_trip(model, tmp_path)

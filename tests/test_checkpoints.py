@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints as they come: half precision, several files, names without the base's prefix."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.adapters import make_adapter
+from tests.stock import CUT, KEPT, blocks_in, cut, logits_of, plug, same_bytes, stock, stored
+from tests.tiny_models import FAMILIES, save_tiny
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def rename_on_disk(directory: Path, old: str, new: str) -> None:
+    file = directory / "model.safetensors"
+    tensors = {re.sub(old, new, name): tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def check_round_trip(model: Path, tmp_path: Path) -> None:
+    """Keep all, cut, plug in untrained and trained: as with a plain checkpoint."""
+    full = stock(model)
+    whole = cut(model, "2-2-2", tmp_path / "whole")
+    assert torch.equal(logits_of(stock(whole)), logits_of(full))
+    bundle = cut(model, CUT, tmp_path / "bundle")
+    sliced = stock(bundle)
+    for position, index in enumerate(KEPT):
+        ours, theirs = (
+            b.state_dict() for b in (blocks_in(sliced)[position], blocks_in(full)[index])
+        )
+        assert same_bytes(dict(ours), dict(theirs))
+    for method in ("full", "lora"):
+        make_adapter(bundle, tmp_path / f"adapter-{method}", method=method)
+        plug(model, tmp_path / f"adapter-{method}", tmp_path / f"plugged-{method}")
+        assert same_bytes(stored(tmp_path / f"plugged-{method}"), stored(model))
+        assert torch.equal(logits_of(stock(tmp_path / f"plugged-{method}")), logits_of(full))
+    trained = make_adapter(bundle, tmp_path / "trained", noise=0.05)
+    plug(model, tmp_path / "trained", tmp_path / "plugged-trained")
+    for index in (0, 3, 5):
+        block = blocks_in(trained)[KEPT.index(index)]
+        blocks_in(full)[index].load_state_dict(block.state_dict())
+    assert torch.equal(logits_of(stock(tmp_path / "plugged-trained")), logits_of(full))
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_half_precision_in_several_files(family: str, tmp_path: Path) -> None:
+    model = save_tiny(family, tmp_path / "full", dtype=torch.bfloat16, max_shard_size=20_000)
+    assert len(list(model.glob("*.safetensors"))) > 2
+    assert (model / "model.safetensors.index.json").is_file()
+    check_round_trip(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix", "example"),
+    [
+        ("gpt2", r"^transformer\.", "h.0.ln_1.weight"),
+        ("bloom", r"^transformer\.", "h.0.input_layernorm.weight"),
+        ("opt", r"^model\.", "decoder.layers.0.fc1.weight"),
+        ("falcon", r"^transformer\.", "h.0.mlp.dense_h_to_4h.weight"),
+        ("qwen2", r"^model\.", "layers.0.mlp.up_proj.weight"),
+    ],
+)
+def test_names_without_the_prefix_of_the_base_model(
+    family: str, prefix: str, example: str, tmp_path: Path
+) -> None:
+    model = save_tiny(family, tmp_path / "full")
+    before = logits_of(stock(model))
+    rename_on_disk(model, prefix, "")
+    assert example in stored(model)
+    assert torch.equal(logits_of(stock(model)), before)
+    check_round_trip(model, tmp_path)
