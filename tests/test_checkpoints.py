@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from offsite_ray.architectures import load_model
 from tests.adapters import make_adapter
 from tests.stock import CUT, KEPT, blocks_in, cut, logits_of, plug, same_bytes, stock, stored
-from tests.tiny_models import FAMILIES, save_tiny
+from tests.tiny_models import FAMILIES, NUM_BLOCKS, save_tiny
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,3 +77,27 @@ def test_names_without_the_prefix_of_the_base_model(
     assert example in stored(model)
     assert torch.equal(logits_of(stock(model)), before)
     check_round_trip(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "buffer", "value"),
+    [
+        ("gpt2", "transformer.h.{}.attn.bias", torch.ones(1, 1, 64, 64).tril()),
+        ("gpt_neox", "gpt_neox.layers.{}.attention.masked_bias", torch.tensor(-1e9)),
+        ("llama", "model.layers.{}.self_attn.rotary_emb.inv_freq", torch.ones(4)),
+    ],
+)
+def test_blocks_may_hold_buffers_that_nobody_trains(
+    family: str, buffer: str, value: torch.Tensor, tmp_path: Path
+) -> None:
+    model = save_tiny(family, tmp_path / "full")
+    before = logits_of(load_model(model))
+    file = model / "model.safetensors"
+    buffers = {buffer.format(index): value.clone() for index in range(NUM_BLOCKS)}
+    save_file({**load_file(file), **buffers}, file, metadata={"format": "pt"})
+    bundle = cut(model, CUT, tmp_path / "bundle")
+    for method in ("full", "lora", "bitfit") if family != "llama" else ("full", "lora"):
+        make_adapter(bundle, tmp_path / method, method=method)
+        plug(model, tmp_path / method, tmp_path / f"plugged-{method}")
+        assert same_bytes(stored(tmp_path / f"plugged-{method}"), stored(model))
+        assert torch.equal(logits_of(load_model(tmp_path / f"plugged-{method}")), before)

@@ -21,7 +21,12 @@ from offsite_ray.architectures.loading import (
     quiet_transformers,
 )
 from offsite_ray.architectures.separation import check_separable
-from offsite_ray.architectures.surgery import block_parameters, disk_state, kept_config
+from offsite_ray.architectures.surgery import (
+    block_parameters,
+    disk_state,
+    kept_config,
+    parameter_names,
+)
 
 __all__ = [
     "DTYPES",
@@ -41,6 +46,7 @@ __all__ = [
     "load_tokenizer",
     "model_class",
     "model_directory",
+    "parameter_names",
     "quiet_transformers",
     "resolve_architecture",
     "set_blocks",

@@ -84,6 +84,19 @@ def disk_state(
     return found
 
 
+def parameter_names(
+    config: PretrainedConfig, arch: Architecture, disk_names: Iterable[str]
+) -> set[str]:
+    """Return the names on disk of the blocks' parameters.
+
+    Checkpoints of some families hold more in their blocks, which nobody trains: causal masks
+    (GPT-2's ``attn.bias``), rotary frequencies.
+    """
+    model = empty_model(config, arch.family.auto_class)
+    inside = {name: p for name, p in model.named_parameters() if arch.block_of(name) is not None}
+    return set(disk_state(config, arch, inside, disk_names))
+
+
 def block_model(
     config: PretrainedConfig, arch: Architecture, indices: Sequence[int], disk: Mapping[str, Tensor]
 ) -> PreTrainedModel:

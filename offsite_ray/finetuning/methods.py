@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from offsite_ray.architectures import Architecture, disk_state, get_blocks
+from offsite_ray.architectures import Architecture, disk_state, get_blocks, parameter_names
 from offsite_ray.architectures.bottleneck import BOTTLENECK_NAME, attach_bottlenecks
 from offsite_ray.bundle import TORCH_DTYPES, TensorDirectory, specs, write_file
 from offsite_ray.emulator import rounded
@@ -89,8 +89,8 @@ def tensor_replacements(only: re.Pattern[str] | None = None) -> Callable[..., Re
 
     def replacements(path: Path, saved: TensorDirectory, host: Host) -> Replacements:
         expected = {
-            name: info
-            for name, info in host.weights.tensors.items()
+            name: host.weights.tensors[name]
+            for name in parameter_names(host.config, host.arch, host.weights.tensors)
             if host.arch.block_of(name) in host.positions.values()
             and (only is None or only.fullmatch(name))
         }
