@@ -90,7 +90,7 @@ def test_names_without_the_prefix_of_the_base_model(
 def test_blocks_may_hold_buffers_that_nobody_trains(
     family: str, buffer: str, value: torch.Tensor, tmp_path: Path
 ) -> None:
-    model = save_tiny(family, tmp_path / "full")
+    model = save_tiny(family, tmp_path / "model")
     before = logits_of(load_model(model))
     file = model / "model.safetensors"
     buffers = {buffer.format(index): value.clone() for index in range(NUM_BLOCKS)}
