@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from offsite_ray.adapter import open_adapter
 from offsite_ray.architectures import load_model
@@ -119,3 +120,19 @@ def test_frozen_weights_keep_their_dtype(loop: Loop, tmp_path: Path) -> None:
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
     trained = [name for name, p in module.named_parameters() if p.requires_grad]
     assert all(".h.0." in name or ".h.3." in name for name in trained)
+
+
+def test_the_baseline_keeps_a_head_tied_that_is_stored_beside_the_embeddings(
+    tmp_path: Path,
+) -> None:
+    loop = make_loop(tmp_path / "loop")
+    file = loop.model / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    run(loop.rows, tmp_path / "tuned", model=str(loop.model))
+    tuned = load_file(tmp_path / "tuned/model.safetensors")
+    assert torch.equal(tuned["lm_head.weight"], tuned["transformer.wte.weight"])
+    assert not torch.equal(tuned["lm_head.weight"], tensors["lm_head.weight"])
+    model: Any = load_model(tmp_path / "tuned")
+    assert model.lm_head.weight is model.transformer.wte.weight

@@ -57,7 +57,8 @@ def disk_state(
     """Return tensors of a model in memory under the names (and shapes) of its checkpoint.
 
     transformers fuses experts and renames modules while it loads; its own reverse conversion, which
-    ``save_pretrained`` uses, undoes that.
+    ``save_pretrained`` uses, undoes that. A tied tensor comes under each name that the checkpoint
+    has for it: of copies that differ, transformers would make two.
 
     Args:
         config: Config of the model that the tensors are of.
@@ -81,6 +82,10 @@ def disk_state(
                 "checkpoint anew with this version of transformers"
             )
         found[by_bare_name[arch.bare(name)]] = tensor
+    for twin, name in model.all_tied_weights_keys.items():
+        own, other = (by_bare_name.get(arch.bare(n)) for n in (twin, name))
+        if own is not None and other in found and twin not in tensors:
+            found[own] = found[other]
     return found
 
 
