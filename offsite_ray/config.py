@@ -100,10 +100,15 @@ class TrainingConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name}={value} must be a positive number")
-        for name in ("max_steps", "batch_size", "micro_batch_size", "eval_every"):
+        counts = ("max_steps", "batch_size", "micro_batch_size", "eval_every", "checkpoint_every")
+        for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ConfigError(f"weight_decay={self.weight_decay} must be 0 or a positive number")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed} must be at least 0 and below 2**32")
         if self.seq_len is not None and self.seq_len < 2:
             raise ConfigError(f"seq_len={self.seq_len} must be at least 2")
         for name in ("warmup_fraction", "eval_fraction"):
@@ -139,6 +144,17 @@ class DistillConfig(TrainingConfig):
     num_workers: int = 1
     """Ray Train workers."""
 
+    def __post_init__(self) -> None:
+        """Check that there is a loss to go down."""
+        # Zero-argument super() does not work in a dataclass with slots: the class is made twice.
+        TrainingConfig.__post_init__(self)
+        weights = (self.hidden_weight, self.lm_weight)
+        if not all(map(math.isfinite, weights)) or min(weights) < 0 or not any(weights):
+            raise ConfigError(
+                f"hidden_weight={self.hidden_weight} and lm_weight={self.lm_weight} must be 0 or "
+                "positive numbers, and not both 0"
+            )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneConfig(TrainingConfig):
@@ -161,12 +177,13 @@ class FinetuneConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         """Check that there is exactly one thing to train."""
-        # Zero-argument super() does not work in a dataclass with slots: the class is made twice.
         TrainingConfig.__post_init__(self)
         if (self.bundle is None) == (self.model is None):
             raise ConfigError("give either --bundle (adapter blocks) or --model (the baseline)")
         if self.rank < 1:
             raise ConfigError(f"rank={self.rank} must be at least 1")
+        if not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
+            raise ConfigError(f"lora_alpha={self.lora_alpha} must be a positive number")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -148,6 +148,11 @@ VALUES = [
     (f"{FINETUNE} {{text}} --method lorra", "mean 'lora'?"),
     (f"{FINETUNE} {{text}} --learning-rate fast", "must be a finite number"),
     (f"{FINETUNE} {{text}} --batch-size 0", "batch_size=0 must be at least 1"),
+    (f"{FINETUNE} {{text}} --checkpoint-every 0", "checkpoint_every=0 must be at least 1"),
+    (f"{FINETUNE} {{text}} --weight-decay=-1", "weight_decay=-1.0 must be 0 or a positive"),
+    (f"{FINETUNE} {{text}} --seed=-1", "seed=-1 must be at least 0"),
+    (f"{FINETUNE} {{text}} --method lora --lora-alpha 0", "lora_alpha=0.0 must be a positive"),
+    (f"{DISTILL} --bundle {{bundle}} --data {{text}} --lm-weight=-1", "lm_weight=-1.0 must be 0"),
     (f"{FINETUNE} {{text}} --dtype fp8", "must be one of fp32, bf16"),
     (f"{FINETUNE} {{text}} --model {{model}}", "give either --bundle"),
     (
