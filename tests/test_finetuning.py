@@ -14,8 +14,9 @@ from offsite_ray.adapter import open_adapter
 from offsite_ray.architectures import load_model
 from offsite_ray.bundle import TensorDirectory
 from offsite_ray.config import FinetuneConfig, PlugInConfig
+from offsite_ray.data import open_prepared, write_blocks
 from offsite_ray.emulator import open_bundle
-from offsite_ray.errors import ConfigError
+from offsite_ray.errors import ConfigError, DivergedError
 from offsite_ray.finetuning import finetune
 from offsite_ray.finetuning.methods import FINETUNING_METHODS
 from offsite_ray.plug_in import plug_in
@@ -102,7 +103,6 @@ def test_bitfit_without_biases_is_refused(tmp_path: Path) -> None:
 
 
 def test_frozen_weights_keep_their_dtype(loop: Loop, tmp_path: Path) -> None:
-    from offsite_ray.data import open_prepared, write_blocks
     from offsite_ray.finetuning import FinetuneTask
 
     write_blocks([str(loop.rows)], loop.bundle, 16, tmp_path / "data")
@@ -136,3 +136,21 @@ def test_the_baseline_keeps_a_head_tied_that_is_stored_beside_the_embeddings(
     assert not torch.equal(tuned["lm_head.weight"], tensors["lm_head.weight"])
     model: Any = load_model(tmp_path / "tuned")
     assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_data_of_a_run_without_a_checkpoint_is_made_anew(loop: Loop, tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("x y z " * 100)
+    write_blocks([str(tmp_path / "other.txt")], loop.bundle, 16, tmp_path / ".out.run/data")
+    straight = run(loop.rows, tmp_path / "straight", bundle=str(loop.bundle))
+    resumed = run(loop.rows, tmp_path / "out", bundle=str(loop.bundle), resume=True)
+    assert resumed.first_loss == straight.first_loss
+
+
+@pytest.mark.parametrize("method", list(FINETUNING_METHODS))
+def test_a_run_that_diverges_in_its_last_step_writes_nothing(
+    loop: Loop, tmp_path: Path, method: str
+) -> None:
+    given = {"method": method, "max_steps": 1, "learning_rate": 1e38}
+    with pytest.raises(DivergedError, match=r"held-out loss is nan.*--learning-rate"):
+        run(loop.rows, tmp_path / "out", bundle=str(loop.bundle), **given)
+    assert list(tmp_path.iterdir()) == []

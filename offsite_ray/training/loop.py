@@ -95,11 +95,7 @@ def train_step(
         for name in sums:
             sums[name] += float(parts[name].detach())
     losses = _mean_losses(task, engine, sums, counts)
-    if not math.isfinite(losses["loss"]):
-        raise DivergedError(
-            f"the loss of step {step + 1} is {losses['loss']}; try a lower --learning-rate, or "
-            "--dtype fp32"
-        )
+    check_finite(f"the loss of step {step + 1}", losses)
     rate = plan.learning_rate(step)
     norm = engine.step(rate)
     tokens = sum(row["input_ids"].numel() for row in batch)
@@ -138,7 +134,17 @@ def evaluate_loss(
             sums[name] += float(parts[name])
     tokens, sequences = (int(n) for n in engine.reduce([tokens, sequences]))
     counts = {"token": max(1, tokens), "sequence": max(1, sequences)}
-    return _mean_losses(task, engine, sums, counts)
+    losses = _mean_losses(task, engine, sums, counts)
+    check_finite("the held-out loss", losses)
+    return losses
+
+
+def check_finite(what: str, losses: Mapping[str, float]) -> None:
+    """Refuse to go on with a loss that is not a number; raise :class:`DivergedError`."""
+    if not math.isfinite(losses["loss"]):
+        raise DivergedError(
+            f"{what} is {losses['loss']}; try a lower --learning-rate, or --dtype fp32"
+        )
 
 
 def _mean_losses(

@@ -171,12 +171,14 @@ def run_directory(out: Path, resume: bool) -> Iterator[Path]:
         StorageError: One is left by a run that was stopped, and ``resume`` is not asked for.
     """
     run_dir = out.parent / f".{out.name}.run"
-    if run_dir.exists() and not resume and any(run_dir.glob("checkpoint-*")):
+    stopped = any(run_dir.glob("checkpoint-*"))
+    if stopped and not resume:
         raise StorageError(
             f"{run_dir} is left by a run that was stopped; go on with --resume, or remove it to "
             "start anew"
         )
-    if run_dir.exists() and not resume:
+    if run_dir.exists() and not stopped:
+        # Nothing says by which settings the data in it was made.
         shutil.rmtree(run_dir)
     with made_parent(run_dir):
         try:
