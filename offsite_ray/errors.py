@@ -69,6 +69,11 @@ class ResumeError(TrainingError):
     exit_status = 2
 
 
+def first_line(error: BaseException) -> str:
+    """Return what an error of a library says, cut to one line; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest of ``known``, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -25,6 +25,7 @@ from offsite_ray.errors import (
     OffsiteError,
     StorageError,
     did_you_mean,
+    first_line,
 )
 
 if TYPE_CHECKING:
@@ -55,9 +56,8 @@ def model_directory(name: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=list(_HUB_FILES)))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
         raise StorageError(
-            f"{name} is no directory, and not on the model hub either: {reason}"
+            f"{name} is no directory, and not on the model hub either: {first_line(error)}"
         ) from error
 
 
@@ -91,9 +91,8 @@ def load_config(directory: str | Path) -> PretrainedConfig:
         with quiet_transformers():
             return CONFIG_MAPPING[model_type].from_dict(values)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
         raise FamilyError(
-            f"{directory}/config.json is refused by transformers: {reason}"
+            f"{directory}/config.json is refused by transformers: {first_line(error)}"
         ) from error
 
 
@@ -151,8 +150,9 @@ def load_model(
     except OffsiteError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise IntegrityError(f"the weights in {directory} cannot be loaded: {reason}") from error
+        raise IntegrityError(
+            f"the weights in {directory} cannot be loaded: {first_line(error)}"
+        ) from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             example = sorted(map(str, info[problem]))[0]
@@ -173,8 +173,7 @@ def _add_bottlenecks(model: PreTrainedModel, config: PretrainedConfig, file: Pat
             names = set(saved.keys())
         load_bottlenecks(model, resolve_architecture(config), file)
     except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise IntegrityError(f"{file} cannot be loaded: {reason}") from error
+        raise IntegrityError(f"{file} cannot be loaded: {first_line(error)}") from error
     if odd := names ^ {n for n, _ in model.named_parameters() if f".{BOTTLENECK_NAME}." in n}:
         raise IntegrityError(f"{file}: tensor {min(odd)!r} is missing or of no bottleneck")
 
@@ -199,8 +198,7 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise StorageError(f"{directory} has no usable tokenizer: {reason}") from error
+        raise StorageError(f"{directory} has no usable tokenizer: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

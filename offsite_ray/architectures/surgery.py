@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offsite_ray.architectures.detection import empty_model, get_blocks, model_class
-from offsite_ray.errors import FamilyError, IntegrityError
+from offsite_ray.errors import FamilyError, IntegrityError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -42,9 +42,9 @@ def kept_config(config: PretrainedConfig, arch: Architecture, kept: Sequence[int
     try:
         return type(config).from_dict(values)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
         raise FamilyError(
-            f"transformers refuses a {config.model_type} of {len(kept)} of its blocks: {reason}"
+            f"transformers refuses a {config.model_type} of {len(kept)} of its blocks: "
+            f"{first_line(error)}"
         ) from error
 
 

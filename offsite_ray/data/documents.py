@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from offsite_ray.errors import DataError
+from offsite_ray.errors import DataError, first_line
 
 FORMS: dict[tuple[str, ...], type] = {
     ("prompt", "completion"): str,
@@ -98,8 +98,7 @@ def _read_dataset(name: str) -> Iterator[dict[str, Any]]:
     except DataError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{name} is no file, and no dataset either: {reason}") from error
+        raise DataError(f"{name} is no file, and no dataset either: {first_line(error)}") from error
 
 
 def _checked(row: Any, where: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.errors import DataError
+from offsite_ray.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -108,8 +108,7 @@ def _rendered(
             messages, tokenize=True, return_dict=True, add_generation_prompt=opened
         )
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"the chat template refuses a conversation: {reason}") from error
+        raise DataError(f"the chat template refuses a conversation: {first_line(error)}") from error
     return list(rendered["input_ids"])
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.errors import ConfigError, DataError, StorageError, did_you_mean
+from offsite_ray.errors import ConfigError, DataError, StorageError, did_you_mean, first_line
 from offsite_ray.evaluation.task_data import FEWSHOT, parse_task_data, task_rows
 
 if TYPE_CHECKING:
@@ -289,9 +289,3 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
         task_module.tqdm = bar
         logger.setLevel(level)
-
-
-def first_line(error: BaseException) -> str:
-    """Return an error's text, cut to one line."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]

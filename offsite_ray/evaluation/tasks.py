@@ -6,8 +6,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.errors import DataError, TrainingError
-from offsite_ray.evaluation.task_loading import LoadedTasks, first_line, quiet
+from offsite_ray.errors import DataError, TrainingError, first_line
+from offsite_ray.evaluation.task_loading import LoadedTasks, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
