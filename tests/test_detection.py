@@ -210,6 +210,18 @@ def test_what_is_ambiguous_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
+def test_a_family_that_cannot_be_checked_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {**_COMMON, "intermediate_size": 48, "max_position_embeddings": 8}
+    model = save("biogpt", config, tmp_path / "full")
+    capsys.readouterr()
+    words = ["compress", "--model", str(model), "--plan", CUT, "--out", str(tmp_path / "bundle")]
+    assert main(words) == 2
+    assert "cannot be checked on 12 tokens: index out of range" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
 def test_blocks_chooses_among_several_lists(tmp_path: Path) -> None:
     config = AMBIGUOUS["gemma3n_text"][1]
     model = save("gemma3n_text", config, tmp_path / "full")

@@ -21,7 +21,7 @@ from offsite_ray.architectures import (
     resolve_architecture,
 )
 from offsite_ray.bundle import TensorDirectory
-from offsite_ray.errors import FamilyError, IntegrityError
+from offsite_ray.errors import FamilyError, IntegrityError, first_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,11 +74,19 @@ def check_by_example(full: FullModel) -> None:
     """Check invariants 1 and 2 on a few tokens, for a family that is in no table.
 
     Raises:
-        FamilyError: The model, cut and put together again, computes something else.
+        FamilyError: The model, cut and put together again, computes something else, or takes no
+            sequence of so few tokens.
     """
     model = load_model(full.path, auto_class=full.arch.family.auto_class)
     tokens = (torch.arange(12) * 7 % full.config.vocab_size)[None]
-    expected = model(tokens).logits
+    try:
+        expected = model(tokens).logits
+    except Exception as error:
+        raise FamilyError(
+            f"model type {full.config.model_type!r} is in no table of families, and cannot be "
+            f"checked on {tokens.numel()} tokens: {first_line(error)}; use a model that takes as "
+            "many, or add a row to offsite_ray/architectures/families.py"
+        ) from error
     every = range(full.arch.num_blocks)
     config = kept_config(full.config, full.arch, every)
     state = {name: full.weights.read(name) for name in full.weights.tensors}
