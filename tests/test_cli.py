@@ -109,6 +109,7 @@ def test_a_mistake_is_one_line_and_status_2(
     ("error", "status", "said"),
     [
         (StorageError("no\nspace"), 2, "offsite-ray: error: no space\n"),
+        (StorageError("a\x1b[2Jb\u202ec"), 2, "offsite-ray: error: a\\x1b[2Jb\\u202ec\n"),
         (TrainingError("loss is nan"), 1, "offsite-ray: error: loss is nan\n"),
         (KeyboardInterrupt(), 130, "offsite-ray: interrupted\n"),
         (

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from offsite_ray import __version__
 from offsite_ray.cli.arguments import help_text, parse, wants_help
-from offsite_ray.cli.output import ensure_streams, show, stdout_reserved, write
+from offsite_ray.cli.output import ensure_streams, printable, show, stdout_reserved, write
 from offsite_ray.cli.verbs import VERBS
 from offsite_ray.errors import ConfigError, OffsiteError, unknown_name
 
@@ -124,4 +124,5 @@ def _complain(message: str) -> None:
     """Print one line on stderr, below the traceback where that is wanted."""
     if _wants_traceback():
         traceback.print_exc()
-    print(f"offsite-ray: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    line = printable(" ".join(message.split()))
+    print(f"offsite-ray: {line}", file=sys.stderr, flush=True)

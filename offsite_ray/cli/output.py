@@ -114,8 +114,13 @@ def summary(plain: Mapping[str, Any]) -> str:
     return "\n".join(_lines(plain))
 
 
+def printable(text: str) -> str:
+    """Return text without control characters: a bundle of others must not drive the terminal."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 def _lines(plain: Mapping[str, Any], indent: str = "") -> list[str]:
-    names = {key: _printable(key.replace("_", " ")) for key in plain}
+    names = {key: printable(key.replace("_", " ")) for key in plain}
     width = max(map(len, names.values()), default=0)
     lines = []
     for key, value in list(plain.items())[:_MOST_ENTRIES] if indent else plain.items():
@@ -141,7 +146,7 @@ def _shown(key: str, value: Any) -> str:
         return f"{value:.1f} s" if key.endswith("seconds") else f"{value:.5g}"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return _listed(value)
-    return _printable(str(value)) or "none"
+    return printable(str(value)) or "none"
 
 
 def _listed(values: Sequence[Any]) -> str:
@@ -161,8 +166,3 @@ def _size(size: int) -> str:
             break
         shown, unit = shown / 1024, larger
     return f"{size} bytes" if unit == "bytes" else f"{shown:.1f} {unit}"
-
-
-def _printable(text: str) -> str:
-    """Return text without control characters: a bundle of others must not drive the terminal."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
