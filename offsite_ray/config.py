@@ -174,12 +174,16 @@ class FinetuneConfig(TrainingConfig):
     """Rank of LoRA, width of a bottleneck adapter."""
     lora_alpha: float = 16.0
     """LoRA's scale is `lora_alpha / rank`."""
+    blocks: str | None = None
+    """Path of the block list in a `model` whose family is in no table; a bundle knows its own."""
 
     def __post_init__(self) -> None:
         """Check that there is exactly one thing to train."""
         TrainingConfig.__post_init__(self)
         if (self.bundle is None) == (self.model is None):
             raise ConfigError("give either --bundle (adapter blocks) or --model (the baseline)")
+        if self.bundle is not None and self.blocks is not None:
+            raise ConfigError(f"blocks={self.blocks!r} goes with --model: a bundle knows its own")
         if self.rank < 1:
             raise ConfigError(f"rank={self.rank} must be at least 1")
         if not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
@@ -214,6 +218,8 @@ class EvaluateConfig:
     """Adapter bundle trained against `bundle` (settings: emulator fine-tuned, plug-in)."""
     bound: str | None = None
     """Adapter bundle trained inside the full model (setting: bound)."""
+    blocks: str | None = None
+    """Path of the block list in a model whose family is in no table; a bundle knows it."""
     text: tuple[str, ...] = ()
     """Held-out text: .txt, .jsonl or .parquet files; gives perplexities."""
     tasks: tuple[str, ...] = ()

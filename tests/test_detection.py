@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,10 +20,9 @@ from offsite_ray.inspection import verify
 from offsite_ray.plug_in import plug_in
 from offsite_ray.split import SplitPlan, parse_plan
 from tests.adapters import make_adapter
+from tests.tiny_models import tiny_tokenizer
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -229,10 +229,34 @@ def test_blocks_chooses_among_several_lists(tmp_path: Path) -> None:
     assert "by path as 'model.layers'" in notice
     assert open_bundle(tmp_path / "bundle").arch.recognised == "path"
     assert torch.equal(logits_of(stock(tmp_path / "bundle")), logits_of(stock(model)))
-    make_adapter(tmp_path / "bundle", tmp_path / "adapter", noise=0.05)
-    out = tmp_path / "plugged"
-    plug_in(PlugInConfig(model=str(model), adapter=str(tmp_path / "adapter"), out=str(out)))
-    assert not torch.equal(logits_of(stock(out)), logits_of(stock(model)))
+    for method in ("full", "bottleneck"):
+        adapter, out = tmp_path / f"adapter-{method}", tmp_path / f"plugged-{method}"
+        make_adapter(tmp_path / "bundle", adapter, method=method, noise=0.05)
+        plug_in(PlugInConfig(model=str(model), adapter=str(adapter), out=str(out)))
+        assert not torch.equal(logits_of(load_model(out)), logits_of(stock(model)))
+
+
+def test_every_verb_can_use_a_model_whose_blocks_had_to_be_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save("gemma3n_text", AMBIGUOUS["gemma3n_text"][1], tmp_path / "full")
+    tiny_tokenizer().save_pretrained(model)
+    text = tmp_path / "text.txt"
+    text.write_text("The cat sat on the mat. " * 40)
+    bundle, adapter, tuned = (str(tmp_path / name) for name in ("bundle", "adapter", "tuned"))
+    cut(model, Path(bundle), plan="2-2-2", blocks="model.layers")
+    train = ["--data", str(text), "--max-steps", "1", "--batch-size", "1", "--seq-len", "16"]
+    baseline = ["finetune", "--model", str(model), *train, "--out", tuned]
+    evaluate = ["evaluate", "--model", str(model), "--text", str(text), "--seq-len", "16"]
+    for words in (baseline, evaluate):
+        assert main(words) == 2
+        assert "--blocks PATH" in capsys.readouterr().err
+    named = ["--blocks", "model.layers"]
+    assert main([*baseline, *named]) == 0
+    assert main([*evaluate, *named]) == 0
+    assert main(["finetune", "--bundle", bundle, *train, "--out", adapter]) == 0
+    artefacts = ["--bundle", bundle, "--adapter", adapter, "--bound", adapter]
+    assert main([*evaluate, *artefacts, "--finetuned", tuned]) == 0
 
 
 def test_blocks_works_on_the_command_line_and_names_what_it_is_not(

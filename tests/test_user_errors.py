@@ -11,7 +11,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -32,7 +34,6 @@ from tests.tiny_models import save_tiny, tiny_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tests.loops import Loop
 
@@ -90,6 +91,8 @@ WRONG_KIND = [
     ("plug-in --model {stranger} --adapter {adapter} --out {out}", "is not the model that"),
     ("verify {bundle} --model {stranger}", "is not the model that"),
     ("distill --model {llama} --bundle {bundle} --data {text} --out {out}", "is a llama"),
+    ("compress --model {bottleneck} --plan 1-2-1 --out {out}", "has bottleneck adapters"),
+    ("finetune --model {bottleneck} --data {text} --out {out}", "has bottleneck adapters"),
 ]
 
 DAMAGED = [
@@ -154,6 +157,7 @@ VALUES = [
     (f"{FINETUNE} {{text}} --method lora --lora-alpha 0", "lora_alpha=0.0 must be a positive"),
     (f"{DISTILL} --bundle {{bundle}} --data {{text}} --lm-weight=-1", "lm_weight=-1.0 must be 0"),
     (f"{FINETUNE} {{text}} --dtype fp8", "must be one of fp32, bf16"),
+    (f"{FINETUNE} {{text}} --blocks transformer.h", "goes with --model"),
     (f"{FINETUNE} {{text}} --model {{model}}", "give either --bundle"),
     (
         f"{DISTILL} --bundle {{bundle}} --data {{text}} --mse-weight 1",
@@ -240,6 +244,10 @@ def _write_models(root: Path) -> None:
     shutil.copytree(root / "model", root / "unknown_family")
     edit_json(root / "unknown_family/config.json", lambda values: values.update(model_type="gtp2"))
     main(shlex.split(f"compress --model {root}/model --plan 1-0-1 --out {root}/hollow"))
+    with tempfile.TemporaryDirectory() as folder:
+        make_adapter(root / "bundle", Path(folder) / "adapter", method="bottleneck")
+        words = f"plug-in --model {root}/model --adapter {folder}/adapter --out {root}/bottleneck"
+        main(shlex.split(words))
 
 
 def _write_texts(root: Path, loop: Loop) -> None:

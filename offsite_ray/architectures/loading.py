@@ -160,18 +160,21 @@ def load_model(
                 f"{directory} does not fit its config.json: {problem.replace('_', ' ')}, "
                 f"e.g. {example}"
             )
-    if config_values(directory).get("model_type") == BOTTLENECK_TYPE:
-        _add_bottlenecks(model, config, Path(directory) / BOTTLENECK_FILE)
+    values = config_values(directory)
+    if values.get("model_type") == BOTTLENECK_TYPE:
+        _add_bottlenecks(model, config, values.get("blocks"), Path(directory) / BOTTLENECK_FILE)
     model.eval()
     return model if device is None else model.to(device)  # type: ignore[no-any-return]
 
 
-def _add_bottlenecks(model: PreTrainedModel, config: PretrainedConfig, file: Path) -> None:
+def _add_bottlenecks(
+    model: PreTrainedModel, config: PretrainedConfig, blocks: str | None, file: Path
+) -> None:
     """Attach to a model in place what lies beside its weights, every tensor accounted for."""
     try:
         with safe_open(file, "pt") as saved:
             names = set(saved.keys())
-        load_bottlenecks(model, resolve_architecture(config), file)
+        load_bottlenecks(model, resolve_architecture(config, blocks), file)
     except Exception as error:
         raise IntegrityError(f"{file} cannot be loaded: {first_line(error)}") from error
     if odd := names ^ {n for n, _ in model.named_parameters() if f".{BOTTLENECK_NAME}." in n}:

@@ -15,7 +15,7 @@ from offsite_ray.emulator.bundle import (
     rounded,
     write_distilled,
 )
-from offsite_ray.emulator.companions import write_companions
+from offsite_ray.emulator.companions import refuse_bottlenecks, write_companions
 from offsite_ray.emulator.compress import CompressResult, compress
 from offsite_ray.emulator.full_model import FullModel, open_full_model
 
@@ -28,6 +28,7 @@ __all__ = [
     "compress",
     "open_bundle",
     "open_full_model",
+    "refuse_bottlenecks",
     "rounded",
     "write_companions",
     "write_distilled",

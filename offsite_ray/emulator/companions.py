@@ -47,17 +47,21 @@ def belongs_to_bundle(name: str) -> bool:
     return name in ("config.json", *COMPANION_FILES) or _WEIGHTS.fullmatch(name) is not None
 
 
-def write_companions(source: Path, target: Path, config: PretrainedConfig | None) -> dict[str, str]:
-    """Copy tokenizer and templates; write the config (None: copy it too); return digests.
+def refuse_bottlenecks(directory: Path) -> None:
+    """Refuse a plugged-in model of which something is beside its weights.
 
     Raises:
-        FamilyError: More belongs to the model than would be copied.
+        FamilyError: It has bottleneck adapters.
     """
-    if (source / BOTTLENECK_FILE).exists():
+    if (directory / BOTTLENECK_FILE).exists():
         raise FamilyError(
-            f"{source} has bottleneck adapters beside its weights, which would be lost; use the "
+            f"{directory} has bottleneck adapters beside its weights, which would be lost; use the "
             "model that they were plugged into, or another method"
         )
+
+
+def write_companions(source: Path, target: Path, config: PretrainedConfig | None) -> dict[str, str]:
+    """Copy tokenizer and templates; write the config (None: copy it too); return digests."""
     names = [name for name in COMPANION_FILES if (source / name).is_file()]
     if config is None:
         names.append("config.json")

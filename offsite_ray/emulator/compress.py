@@ -23,7 +23,7 @@ from offsite_ray.bundle import (
 )
 from offsite_ray.bundle.shards import tensor_bytes
 from offsite_ray.compression import Compression, compression_method
-from offsite_ray.emulator.companions import write_companions
+from offsite_ray.emulator.companions import refuse_bottlenecks, write_companions
 from offsite_ray.emulator.full_model import FullModel, check_by_example, open_full_model
 from offsite_ray.selection import selection_method
 from offsite_ray.split import SplitPlan, parse_plan
@@ -64,6 +64,7 @@ def compress(config: CompressConfig, notice: Notice | None = None) -> CompressRe
     check_free(out)
     compression = compression_method(config.compress)
     full = open_full_model(config.model, config.blocks, notice)
+    refuse_bottlenecks(full.path)
     plan = parse_plan(config.plan, full.arch.num_blocks, selection_method(config.select))
     check_separable(full.config, full.arch, plan)
     if full.arch.recognised != "table":

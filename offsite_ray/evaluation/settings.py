@@ -20,7 +20,14 @@ from offsite_ray.adapter import AdapterBundle, open_adapter
 from offsite_ray.architectures import DTYPES, load_model, load_tokenizer
 from offsite_ray.bundle import atomic_file, check_parent
 from offsite_ray.data import read_documents, tokenizer_digest
-from offsite_ray.emulator import EmulatorBundle, FullModel, check_fits, open_bundle, open_full_model
+from offsite_ray.emulator import (
+    EmulatorBundle,
+    FullModel,
+    blocks_path,
+    check_fits,
+    open_bundle,
+    open_full_model,
+)
 from offsite_ray.errors import DataError, PlugInError, StorageError
 from offsite_ray.evaluation.gaps import compare
 from offsite_ray.evaluation.perplexity import EncodedDocument, context_length, encode, perplexity
@@ -130,13 +137,14 @@ def open_artefacts(config: EvaluateConfig) -> Artefacts:
         BundleError: A bundle is damaged, or belongs to another model or another bundle.
         DataError: A model has another tokenizer than the full model.
     """
-    full = open_full_model(config.model)
     bundle = open_bundle(config.bundle) if config.bundle is not None else None
     adapter = open_adapter(config.adapter) if config.adapter is not None else None
     bound = open_adapter(config.bound) if config.bound is not None else None
-    for opened in (bundle, adapter, bound):
-        if opened is not None:
-            check_fits(opened.path, opened.manifest, full)
+    bundles = [opened for opened in (bundle, adapter, bound) if opened is not None]
+    blocks = config.blocks or next((blocks_path(opened.manifest) for opened in bundles), None)
+    full = open_full_model(config.model, blocks)
+    for opened in bundles:
+        check_fits(opened.path, opened.manifest, full)
     if bundle and adapter and adapter.manifest.trained_against != bundle.manifest.id:
         raise PlugInError(
             f"{adapter.path} was not trained against {bundle.path}, but against the bundle "
@@ -147,7 +155,7 @@ def open_artefacts(config: EvaluateConfig) -> Artefacts:
             f"{bound.path} was trained against a bundle that keeps {bound.plan.short}, not every "
             "block, so it is no bound; give it as --adapter"
         )
-    finetuned = open_full_model(config.finetuned).path if config.finetuned is not None else None
+    finetuned = open_full_model(config.finetuned, blocks).path if config.finetuned else None
     for directory in (bundle.path if bundle else None, finetuned):
         if directory is not None and tokenizer_digest(directory) != tokenizer_digest(full.path):
             raise DataError(

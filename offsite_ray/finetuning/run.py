@@ -25,6 +25,7 @@ from offsite_ray.data import PreparedData, TokenBlocks, split_blocks
 from offsite_ray.emulator import (
     open_bundle,
     open_full_model,
+    refuse_bottlenecks,
     rounded,
     write_companions,
 )
@@ -141,11 +142,7 @@ def finetune(
     check_free(out)
     finetuning_method(config.method)
     bundle = open_bundle(config.bundle) if config.bundle is not None else None
-    host = (
-        host_of_bundle(bundle)
-        if bundle
-        else host_of_full_model(open_full_model(config.model or ""))
-    )
+    host = host_of_bundle(bundle) if bundle else _baseline_host(config, notice)
     with run_directory(out, config.resume) as run_dir:
         task = _task(config, host, bundle, run_dir, notice)
         outcome = fit(task, config, run_dir, report)
@@ -165,6 +162,13 @@ def finetune(
                 bundle, out, lambda tmp: method.save(tmp, state, host, config), recipe, measured
             ).id
     return _result(config, bundle_id, outcome, time.perf_counter() - start)
+
+
+def _baseline_host(config: FinetuneConfig, notice: Notice | None) -> Host:
+    """Return the full model as what trains; one whose result could not be written is refused."""
+    full = open_full_model(config.model or "", config.blocks, notice)
+    refuse_bottlenecks(full.path)
+    return host_of_full_model(full)
 
 
 def _task(
