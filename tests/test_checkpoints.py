@@ -50,6 +50,19 @@ def check_round_trip(model: Path, tmp_path: Path) -> None:
     assert torch.equal(logits_of(stock(tmp_path / "plugged-trained")), logits_of(full))
 
 
+def test_a_lora_rounds_nothing_in_a_checkpoint_of_two_dtypes(tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "full", dtype=torch.bfloat16, max_shard_size=1)
+    for file in model.glob("*.safetensors"):
+        tensors = load_file(file)
+        precise = {name: t.float() * 1.0001 for name, t in tensors.items() if "norm" in name}
+        save_file(tensors | precise, file, metadata={"format": "pt"})
+    bundle = cut(model, CUT, tmp_path / "bundle")
+    make_adapter(bundle, tmp_path / "adapter", method="lora", noise=0.1)
+    replaced = plug(model, tmp_path / "adapter", tmp_path / "plugged").replaced
+    assert replaced
+    assert not [name for name in replaced if "norm" in name]
+
+
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_half_precision_in_several_files(family: str, tmp_path: Path) -> None:
     model = save_tiny(family, tmp_path / "full", dtype=torch.bfloat16, max_shard_size=20_000)

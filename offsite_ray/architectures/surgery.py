@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -124,7 +125,9 @@ def block_model(
         state[arch.rename(name, position[index])] = tensor
     small = kept_config(config, arch, indices)
     cls = model_class(small, arch.family.auto_class)
-    dtype = next((t.dtype for t in disk.values() if t.is_floating_point()), torch.float32)
+    # The model has one dtype: the one that holds all that are stored.
+    stored = {tensor.dtype for tensor in disk.values() if tensor.is_floating_point()}
+    dtype = functools.reduce(torch.promote_types, stored) if stored else torch.float32
     with quiet_transformers():
         model, info = cls.from_pretrained(
             None,

@@ -178,7 +178,7 @@ def lora_replacements(
     return {
         name: rounded(name, tensor, host.weights.tensors[name].dtype)
         for name, tensor in merged.items()
-        if not torch.equal(tensor, disk[name])
+        if not torch.equal(tensor.to(disk[name].dtype), disk[name])
     }
 
 
