@@ -27,11 +27,14 @@ __all__ = ["main"]
 TRACEBACK = "OFFSITE_RAY_TRACEBACK"
 """Environment variable: show tracebacks and the warnings of libraries."""
 
-_QUIET = {
+_ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
+    # Threads that spin at a barrier are many times slower where another process has the core.
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
+"""Set before libraries are imported, where the user has not."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,16 +82,16 @@ def _dispatch(words: list[str], *, own: bool) -> int:
 
 def _run(verb: Verb, words: list[str], *, own: bool) -> None:
     request = parse(verb, words, VERBS)
-    _quiet_libraries()
+    _prepare_libraries()
     with stdout_reserved(for_good=own) as stdout, warnings.catch_warnings():
         if not _wants_traceback():
             warnings.simplefilter("ignore")
         show(verb.run(request.config), stdout, as_json=request.json)
 
 
-def _quiet_libraries() -> None:
-    """Tell libraries, before they are imported, to keep their news to themselves."""
-    for name, value in _QUIET.items():
+def _prepare_libraries() -> None:
+    """Tell libraries, before they are imported, how to run and to keep their news to themselves."""
+    for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # transformers imports DeepSpeed, which sets its own level and warns where there is no GPU
     logging.getLogger("DeepSpeed").addFilter(_is_worth_saying)
