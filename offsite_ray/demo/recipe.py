@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 class DemoRecipe:
     """A setting in which the plug-in nears its bound and the emulator stays behind it."""
 
-    plan: str = "2-4-2"
-    """Split plan: the emulator keeps a third of the twelve middle blocks."""
+    plan: str = "4-3-4"
+    """Split plan: the emulator keeps three of the eight middle blocks."""
     seq_len: int = 256
     """Tokens in a sequence, for training and evaluation."""
-    distill_steps: int = 100
+    distill_steps: int = 220
     """Optimizer steps of distillation."""
     distill_batch_size: int = 16
     """Sequences in one of them."""
-    distill_learning_rate: float = 1e-3
+    distill_learning_rate: float = 2e-3
     """Peak learning rate of distillation."""
     distill_workers: int = 2
     """Ray Train workers of distillation."""
@@ -28,7 +28,7 @@ class DemoRecipe:
     """Optimizer steps of each fine-tuning."""
     finetune_batch_size: int = 8
     """Sequences in one of them."""
-    finetune_learning_rate: float = 3e-4
+    finetune_learning_rate: float = 6e-4
     """Peak learning rate of each fine-tuning."""
     held_out_characters: int = 120_000
     """Characters of held-out private text that perplexities are measured on."""
