@@ -45,7 +45,7 @@ from offsite_ray.emulator import (
     write_distilled,
 )
 from offsite_ray.errors import ConfigError
-from offsite_ray.results import TrainingHistory, to_plain
+from offsite_ray.results import TrainingHistory, recipe_of
 from offsite_ray.training import (
     LANGUAGE_MODEL,
     Fit,
@@ -318,7 +318,7 @@ def distill(
         )
         outcome = fit(task, config, run_dir, report)
         history = outcome.history
-        recipe = {**to_plain(config), "losses": list(DISTILLATION_LOSSES)}
+        recipe = recipe_of(config, data=task.data.digest, losses=list(DISTILLATION_LOSSES))
         measured = {
             "distillation_seconds": history.seconds,
             "distillation_peak_memory_bytes": history.peak_memory_bytes,

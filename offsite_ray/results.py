@@ -20,6 +20,9 @@ SETTINGS = (
 """The five settings of the paper and the bound, in the order of every table."""
 
 
+_OWN_BUSINESS = frozenset({"model", "bundle", "data", "out", "resume"})
+"""Settings that say where things lie, not how something is trained."""
+
 MAIN_METRICS = ("acc", "exact_match", "em", "acc_norm", "f1")
 """Scores of a task from 0 to 1 where higher is better, the preferred one first."""
 
@@ -166,6 +169,19 @@ def main_metric(metrics: Mapping[str, float]) -> str | None:
     """Return the name of the metric that a task is told by: accuracy where it has one."""
     named = {name.split(",")[0]: name for name in reversed(list(metrics))}
     return next((named[base] for base in MAIN_METRICS if base in named), None)
+
+
+def recipe_of(config: Any, **known: Any) -> dict[str, Any]:
+    """Return how something was trained, for the manifest that goes to the other party.
+
+    Where things lie on the own machine is left out: names of private files among it.
+
+    Args:
+        config: The configuration of a training verb.
+        **known: What stands for it instead, e.g. the digest of the data.
+    """
+    told = {key: value for key, value in to_plain(config).items() if key not in _OWN_BUSINESS}
+    return {**told, **to_plain(known)}
 
 
 def to_plain(value: Any) -> Any:

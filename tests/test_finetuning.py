@@ -48,6 +48,9 @@ def test_a_method_learns_and_plugs_in(loop: Loop, tmp_path: Path, method: str, d
     bundle = open_bundle(loop.bundle)
     assert adapter.manifest.trained_against == bundle.manifest.id
     assert adapter.manifest.measured["num_trained"] == result.num_trained
+    recipe = adapter.manifest.recipe["finetuning"]
+    assert (recipe["method"], recipe["seed"], len(recipe["data"])) == (method, 0, 64)
+    assert not [path for path in (loop.root, tmp_path) if str(path) in json.dumps(recipe)]
     indices = {
         bundle.arch.block_of(n.removeprefix("base_model.model.")) for n in adapter.weights.tensors
     }

@@ -32,7 +32,7 @@ from offsite_ray.emulator import (
 from offsite_ray.finetuning.host import Host, host_of_bundle, host_of_full_model
 from offsite_ray.finetuning.methods import finetuning_method
 from offsite_ray.finetuning.writing import write_plugged_in
-from offsite_ray.results import TrainingHistory, to_plain
+from offsite_ray.results import TrainingHistory, recipe_of
 from offsite_ray.training import (
     LANGUAGE_MODEL,
     Fit,
@@ -147,14 +147,14 @@ def finetune(
         task = _task(config, host, bundle, run_dir, notice)
         outcome = fit(task, config, run_dir, report)
         state = {n.removeprefix(LANGUAGE_MODEL): t for n, t in outcome.state.items()}
-        recipe = to_plain(config)
+        recipe = recipe_of(config, data=task.data.digest)
         measured = {
             "seconds": outcome.history.seconds,
             "peak_memory_bytes": outcome.history.peak_memory_bytes,
             "num_trained": sum(tensor.numel() for tensor in state.values()),
         }
         if bundle is None:
-            _write_baseline(out, state, host, config, whole=task.indices is None)
+            _write_baseline(out, run_dir, state, host, config, whole=task.indices is None)
             bundle_id = None
         else:
             method = finetuning_method(config.method)
@@ -198,7 +198,13 @@ def _task(
 
 
 def _write_baseline(
-    out: Path, state: Mapping[str, Tensor], host: Host, config: FinetuneConfig, *, whole: bool
+    out: Path,
+    run_dir: Path,
+    state: Mapping[str, Tensor],
+    host: Host,
+    config: FinetuneConfig,
+    *,
+    whole: bool,
 ) -> None:
     """Write the fine-tuned full model: all of it, or with the method's tensors merged."""
     with atomic_directory(out) as tmp:
@@ -209,7 +215,7 @@ def _write_baseline(
             write_companions(host.path, tmp, None)
             return
         method = finetuning_method(config.method)
-        with tempfile.TemporaryDirectory(dir=out.parent) as saved:
+        with tempfile.TemporaryDirectory(dir=run_dir) as saved:
             files = method.save(Path(saved), state, host, config)
             tensors = [Path(saved) / name for name in files if name.endswith(".safetensors")]
             write_plugged_in(tmp, host, method, Path(saved), TensorDirectory(tensors))
