@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
+CLOSE = 3e-4
+"""A tenth of the learning rate: Adam's first steps are long where a gradient is but rounding."""
+
 
 def run(loop: Loop, out: Path, fit: Fit, **changes: Any) -> DistillResult:
     given = {"max_steps": 6, "batch_size": 4, "seq_len": 32, "learning_rate": 3e-3, **changes}
@@ -78,7 +81,7 @@ def test_workers_and_stages_do_not_change_the_result(
     result = run(loop, tmp_path / "out", run_on_ray, **given)
     assert losses(result) == pytest.approx(losses(expected), rel=1e-4)
     assert result.last_losses == pytest.approx(expected.last_losses, rel=1e-4)
-    assert largest_difference(tmp_path / "out", reference) < 1e-4
+    assert largest_difference(tmp_path / "out", reference) < CLOSE
 
 
 def test_a_killed_worker_and_a_resumed_run(
@@ -96,7 +99,7 @@ def test_a_killed_worker_and_a_resumed_run(
         run(loop, tmp_path / "out", run_on_ray, **{**given, "num_workers": 1}, resume=True)
     result = run(loop, tmp_path / "out", run_on_ray, **given, resume=True)
     assert losses(result) == pytest.approx(losses(expected), rel=1e-4)
-    assert largest_difference(tmp_path / "out", reference) < 1e-4
+    assert largest_difference(tmp_path / "out", reference) < CLOSE
     assert not (tmp_path / ".out.run").exists()
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from offsite_ray.config import FinetuneConfig
+from offsite_ray.data import IGNORED
 from offsite_ray.errors import StorageError, TrainingError
 from offsite_ray.finetuning import FinetuneResult, finetune
 from offsite_ray.results import EvalRecord, RunStart, StepRecord
@@ -21,6 +22,8 @@ from tests.loops import Loop, Stopped, ignore, stop_after
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from torch import Tensor
 
 
 def config(loop: Loop, out: Path, **changes: Any) -> FinetuneConfig:
@@ -119,7 +122,8 @@ def test_records_come_in_order(loop: Loop, tmp_path: Path) -> None:
         EvalRecord,
     ]
     assert [r.step for r in seen[1:]] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
-    assert all(record.tokens_per_s > 0 for record in seen if isinstance(record, StepRecord))
+    steps = [record for record in seen if isinstance(record, StepRecord)]
+    assert all(record.tokens_per_s and record.tokens_per_s > 0 for record in steps)
 
 
 def test_vectors_are_never_decayed() -> None:
@@ -132,19 +136,60 @@ def test_vectors_are_never_decayed() -> None:
     ]
 
 
-def test_cross_entropy_is_the_shifted_sum_over_targets() -> None:
+def plain_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The definition, in the precision of the logits."""
+    scores = torch.log_softmax(logits[:, :-1], -1)
+    targets = labels[:, 1:]
+    chosen = scores.gather(2, targets.clamp(min=0)[..., None])[..., 0]
+    return -chosen[targets != IGNORED].sum()
+
+
+@pytest.mark.parametrize("pieces", ["one", "many"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 2, 3), (2, 5, 11), (3, 40, 257)])
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_cross_entropy_is_the_shifted_sum_over_targets(
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    scale: float,
+    pieces: str,
+) -> None:
+    """Value and gradient against the definition in float64: only the last rounding differs."""
+    if pieces == "many":
+        monkeypatch.setattr("offsite_ray.training.batches._CPU_PIECE", 3 * shape[2])
     torch.manual_seed(0)
-    logits = torch.randn(2, 5, 11, requires_grad=True)
-    labels = torch.randint(11, (2, 5))
-    labels[0, 3] = -100
-    expected = sum(
-        -torch.log_softmax(logits[b, t - 1], -1)[labels[b, t]]
-        for b in range(2)
-        for t in range(1, 5)
-        if labels[b, t] != -100
-    )
-    loss = sum_cross_entropy(logits, labels)
-    assert torch.allclose(loss, torch.as_tensor(expected))
+    given = (torch.randn(shape) * scale).to(dtype)
+    labels = torch.randint(shape[2], shape[:2])
+    labels[:, 2::3] = IGNORED
+    exact = given.double().requires_grad_()
+    expected = plain_cross_entropy(exact, labels)
+    (expected / 7).backward()  # type: ignore[no-untyped-call]
+    assert exact.grad is not None
+    leaf = given.clone().requires_grad_()
+    for logits in (leaf, leaf * 1):  # the second is overwritten
+        leaf.grad = None
+        loss = sum_cross_entropy(logits, labels)
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+        (loss / 7).backward()  # type: ignore[no-untyped-call]
+        assert leaf.grad is not None
+        close = {"rtol": 1e-5, "atol": 1e-7} if dtype is torch.float32 else {}
+        torch.testing.assert_close(leaf.grad, exact.grad.to(dtype), **close)
+        assert torch.equal(leaf, given)
+
+
+def test_cross_entropy_without_a_target_is_zero() -> None:
+    logits = torch.randn(1, 4, 5, requires_grad=True)
+    loss = sum_cross_entropy(logits, torch.full((1, 4), IGNORED))
     (gradient,) = torch.autograd.grad(loss, logits)
-    (reference,) = torch.autograd.grad(torch.as_tensor(expected), logits)
-    assert torch.allclose(gradient, reference, atol=1e-6)
+    assert float(loss.detach()) == 0
+    assert torch.equal(gradient, torch.zeros(1, 4, 5))
+
+
+def test_cross_entropy_overwrites_no_logits_that_something_else_needs() -> None:
+    scores = torch.randn(1, 4, 5, requires_grad=True)
+    logits = scores.tanh()  # its derivative is a function of the logits
+    loss = sum_cross_entropy(logits, torch.tensor([[0, 1, 2, 3]]))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()  # type: ignore[no-untyped-call]
