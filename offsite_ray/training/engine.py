@@ -39,7 +39,10 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 def adamw(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """Return torch's AdamW over what trains (Loshchilov and Hutter, arXiv 1711.05101)."""
     return torch.optim.AdamW(
-        parameter_groups(module, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95)
+        parameter_groups(module, config.weight_decay),
+        lr=config.learning_rate,
+        betas=(0.9, 0.95),
+        fused=True,
     )
 
 
