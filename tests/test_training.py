@@ -5,24 +5,25 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from offsite_ray.config import FinetuneConfig
-from offsite_ray.data import IGNORED
+from offsite_ray.data import IGNORED, PreparedData
 from offsite_ray.errors import StorageError, TrainingError
-from offsite_ray.finetuning import FinetuneResult, finetune
+from offsite_ray.finetuning import FinetuneResult, FinetuneTask, finetune
 from offsite_ray.results import EvalRecord, RunStart, StepRecord
 from offsite_ray.training import parameter_groups, run_here
 from offsite_ray.training.batches import sum_cross_entropy
 from offsite_ray.training.schedule import schedule
 from tests.loops import Loop, Stopped, ignore, stop_after
+from tests.tiny_models import save_tiny
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
 
@@ -134,6 +135,43 @@ def test_vectors_are_never_decayed() -> None:
         (0.1, [2]),
         (0.0, [1, 1]),
     ]
+
+
+def mapped_bytes(file: Path) -> int:
+    """How much of a file this process has in memory by mapping it."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            inside = words[-1] == str(file)
+        elif inside and words[0] == "Rss:":
+            total += int(words[1]) * 1024
+    return total
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads what Linux has mapped")
+def test_weights_that_train_in_float32_do_not_stay_in_memory_in_bf16_too(tmp_path: Path) -> None:
+    directory = save_tiny("gpt2", tmp_path / "model", dtype=torch.bfloat16, n_inner=2**13)
+    task = FinetuneTask(
+        model=str(directory),
+        model_id="",
+        blocks=None,
+        indices=(0, 1, 2),
+        config=FinetuneConfig(bundle="b", data=("d",), out="o", dtype="bf16"),
+        data=PreparedData(path=tmp_path, block_size=8, num_blocks=1, tokenizer=""),
+        use_positions=True,
+    )
+    built: Any = task.build(torch.device("cpu"))
+    module = built.language_model
+    names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    file = directory / "model.safetensors"
+    stored = load_file(file)
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter.detach().bfloat16(), stored[name]), name
+    assert module.lm_head.weight is module.transformer.wte.weight
+    del stored
+    trained = sum(module.get_parameter(name).numel() for name in names) * 2
+    assert 0 < mapped_bytes(file) < file.stat().st_size - trained / 2
 
 
 def plain_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

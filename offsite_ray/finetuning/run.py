@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
     from offsite_ray.config import FinetuneConfig
     from offsite_ray.emulator import EmulatorBundle
@@ -88,6 +89,8 @@ class FinetuneTask:
             torch.manual_seed(self.config.seed)
             method.prepare(model, arch, self.indices, self.config)
         set_dtypes(model, compute)
+        if device.type == "cpu" and stored is None and self.config.method == "full":
+            _map_frozen_anew(model, self.model)
         if self.config.gradient_checkpointing:
             enable_checkpointing(model)
         return LanguageModelLoss(model, use_positions=self.use_positions).to(device)
@@ -103,6 +106,21 @@ class FinetuneTask:
             "indices": self.indices,
             "data": self.data.digest,
         }
+
+
+def _map_frozen_anew(model: PreTrainedModel, directory: str) -> None:
+    """Let go of the pages of the weights' file that were read for what is float32 now.
+
+    They stay in memory as long as the file is mapped, and the frozen weights are that mapping. In
+    a second one nothing else is ever read.
+    """
+    frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    # ZeRO-3 keeps no mapping.
+    if not frozen or any(hasattr(parameter, "ds_id") for parameter in frozen.values()):
+        return
+    for name, stored in load_model(directory, dropout=False).named_parameters():
+        if name in frozen and frozen[name].dtype == stored.dtype:
+            frozen[name].data = stored.data
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
