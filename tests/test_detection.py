@@ -14,11 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from offsite_ray.architectures import FAMILIES, check_separable, load_model, resolve_architecture
 from offsite_ray.cli import main
 from offsite_ray.config import CompressConfig, PlugInConfig, VerifyConfig
-from offsite_ray.emulator import compress, open_bundle
+from offsite_ray.emulator import compress, open_bundle, open_full_model
 from offsite_ray.errors import FamilyError
 from offsite_ray.inspection import verify
 from offsite_ray.plug_in import plug_in
 from offsite_ray.split import SplitPlan, parse_plan
+from offsite_ray.training import keeps_documents_apart
 from tests.adapters import make_adapter
 from tests.tiny_models import tiny_tokenizer
 
@@ -181,6 +182,14 @@ def test_one_list_of_equal_blocks_is_recognised_and_used(family: str, tmp_path: 
         verify(VerifyConfig(path=str(adapter), model=str(model)))
         plug_in(PlugInConfig(model=str(model), adapter=str(adapter), out=str(out)))
         assert torch.equal(logits_of(load_model(out)), logits_of(full))
+
+
+def test_documents_are_kept_apart_only_if_blocks_of_every_kind_do(tmp_path: Path) -> None:
+    for types in ([_FULL, "conv"] * 3, [_FULL] * 6):
+        config = {**RECOGNISED["lfm2"][1], "layer_types": types}
+        full = open_full_model(save("lfm2", config, tmp_path / types[1]))
+        apart = keeps_documents_apart(full.config, full.arch, full.weights)
+        assert apart is ("conv" not in types)
 
 
 @pytest.mark.parametrize("family", UNLIKE)

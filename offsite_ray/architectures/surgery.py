@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offsite_ray.architectures.detection import empty_model, get_blocks, model_class
+from offsite_ray.architectures.families import BLOCK_LISTS
 from offsite_ray.errors import FamilyError, IntegrityError, first_line
 
 if TYPE_CHECKING:
@@ -47,6 +48,16 @@ def kept_config(config: PretrainedConfig, arch: Architecture, kept: Sequence[int
             f"transformers refuses a {config.model_type} of {len(kept)} of its blocks: "
             f"{first_line(error)}"
         ) from error
+
+
+def one_of_each_kind(config: PretrainedConfig) -> list[int]:
+    """Return the first block of each kind that the config's per-block lists tell apart."""
+    values = config.to_dict()
+    lists = [values[name] for name in BLOCK_LISTS if isinstance(values.get(name), list | tuple)]
+    first: dict[tuple[Any, ...], int] = {}
+    for index in range(config.num_hidden_layers):
+        first.setdefault(tuple(per_block[index] for per_block in lists), index)
+    return list(first.values())
 
 
 def disk_state(
