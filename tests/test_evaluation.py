@@ -13,9 +13,10 @@ from blake3 import blake3
 from torch.nn import functional
 
 from offsite_ray.architectures import load_model, load_tokenizer
-from offsite_ray.config import EvaluateConfig, FinetuneConfig, PlugInConfig
+from offsite_ray.config import CompressConfig, EvaluateConfig, FinetuneConfig, PlugInConfig
 from offsite_ray.data import split_blocks, write_blocks
-from offsite_ray.errors import DataError, TrainingError
+from offsite_ray.emulator import compress
+from offsite_ray.errors import DataError, PlugInError, TrainingError
 from offsite_ray.evaluation import evaluate
 from offsite_ray.evaluation.gaps import compare
 from offsite_ray.evaluation.perplexity import context_length, encode, perplexity
@@ -380,3 +381,12 @@ def test_the_emulator_that_is_evaluated_is_the_one_that_was_trained(
             assert expected.load_state_dict(trained, strict=False).unexpected_keys == []
             assert digest(model) == digest(expected)
             assert digest(model) != digest(load_model(loop.bundle))
+
+
+def test_a_bound_of_other_blocks_is_refused(loop: Loop, artefacts: Path, tmp_path: Path) -> None:
+    every, bound = str(tmp_path / "every"), str(tmp_path / "bound")
+    compress(CompressConfig(model=str(loop.model), plan="2-2-2", out=every))
+    make_adapter(tmp_path / "every", tmp_path / "bound")
+    given = {"bundle": str(loop.bundle), "adapter": str(artefacts / "full"), "bound": bound}
+    with pytest.raises(PlugInError, match=r"blocks \[0, 1, 4, 5\].*blocks \[0, 5\]"):
+        evaluated(loop, **given)

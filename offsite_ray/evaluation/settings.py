@@ -155,6 +155,12 @@ def open_artefacts(config: EvaluateConfig) -> Artefacts:
             f"{bound.path} was trained against a bundle that keeps {bound.plan.short}, not every "
             "block, so it is no bound; give it as --adapter"
         )
+    if adapter and bound and adapter.plan.adapter != bound.plan.adapter:
+        raise PlugInError(
+            f"{bound.path} trains the blocks {list(bound.plan.adapter)}, {adapter.path} the blocks "
+            f"{list(adapter.plan.adapter)}, so the one bounds nothing of the other; train the bound "
+            "against a bundle with the same adapter blocks"
+        )
     finetuned = open_full_model(config.finetuned, blocks).path if config.finetuned else None
     for directory in (bundle.path if bundle else None, finetuned):
         if directory is not None and tokenizer_digest(directory) != tokenizer_digest(full.path):
