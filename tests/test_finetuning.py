@@ -157,3 +157,10 @@ def test_a_run_that_diverges_in_its_last_step_writes_nothing(
     with pytest.raises(DivergedError, match=r"held-out loss is nan.*--learning-rate"):
         run(loop.rows, tmp_path / "out", bundle=str(loop.bundle), **given)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to use")
+def test_a_gpu_that_is_not_there_is_a_mistake(loop: Loop, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--use-gpu.*leave it out"):
+        run(loop.rows, tmp_path / "out", bundle=str(loop.bundle), use_gpu=True)
+    assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offsite_ray.bundle import specs, write_file
-from offsite_ray.errors import TrainingError
+from offsite_ray.errors import ConfigError
 from offsite_ray.training.loop import training_loop
 from offsite_ray.training.protocols import TrainingOutcome
 
@@ -56,7 +56,7 @@ class TorchEngine:
         """Build the task's module and its optimizer."""
         gpu = torch.cuda.is_available() if config.use_gpu is None else config.use_gpu
         if gpu and not torch.cuda.is_available():
-            raise TrainingError("--use-gpu was given and torch sees no GPU here; leave it out")
+            raise ConfigError("--use-gpu was given and torch sees no GPU here; leave it out")
         self.device = torch.device("cuda" if gpu else "cpu")
         self._module = task.build(self.device)
         self._trained = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
