@@ -158,8 +158,8 @@ def open_artefacts(config: EvaluateConfig) -> Artefacts:
     if adapter and bound and adapter.plan.adapter != bound.plan.adapter:
         raise PlugInError(
             f"{bound.path} trains the blocks {list(bound.plan.adapter)}, {adapter.path} the blocks "
-            f"{list(adapter.plan.adapter)}, so the one bounds nothing of the other; train the bound "
-            "against a bundle with the same adapter blocks"
+            f"{list(adapter.plan.adapter)}, so the one bounds nothing of the other; train the "
+            "bound against a bundle with the same adapter blocks"
         )
     finetuned = open_full_model(config.finetuned, blocks).path if config.finetuned else None
     for directory in (bundle.path if bundle else None, finetuned):
