@@ -121,7 +121,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2, help="processes for each way, in turn")
     parser.add_argument("--warmup", type=int, default=1, help="steps that are not counted")
-    parser.add_argument("--steps", type=int, default=4, help="steps that are, in each process")
+    parser.add_argument("--steps", type=int, default=3, help="steps that are, in each process")
     parser.add_argument("--scratch", help="directory for the models meanwhile, up to 6 GB")
     parser.add_argument(
         "--results",
