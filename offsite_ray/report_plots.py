@@ -156,12 +156,19 @@ def _sum_first(part: str) -> tuple[bool, str]:
     return part != "loss", part
 
 
+_KNOWN = {
+    "lm": ("Language modelling", "nats per token"),
+    "hidden": ("Hidden states", "error over power"),
+}
+"""Part of a loss to its title and the text of its y axis."""
+
+
 def _words(part: str, *, has_others: bool) -> tuple[str, str]:
     """Return a title and the text of the y axis; only a lone loss is known to be in nats."""
     if part == "loss":
         return "Loss", "weighted sum of the parts" if has_others else "nats"
     title = part.replace("_", " ")
-    return title[:1].upper() + title[1:], "before weighting"
+    return _KNOWN.get(part, (title[:1].upper() + title[1:], "before weighting"))
 
 
 def _thinned(points: list[tuple[float, float]], window: int) -> tuple[tuple[float, float], ...]:

@@ -22,9 +22,8 @@ _TRADE = (
     "The trade: every step of distillation brings the emulator nearer to the full model, so the "
     "adapter blocks that were trained in it fit the full model better (a higher share of the "
     "bound), and for the same reason the tuned emulator itself gets better (a smaller privacy "
-    "gap). Which plan and how much distillation one hands out is therefore a choice between the "
-    "two, and fine-tuning harder, or on text farther from the pretraining, moves both against the "
-    "owner."
+    "gap). The split plan, the amount of distillation and how hard one fine-tunes move the two in "
+    "opposite directions, and a setting is a choice between them."
 )
 
 

@@ -8,7 +8,22 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoRecipe:
-    """A setting in which the plug-in nears its bound and the emulator stays behind it."""
+    """A setting in which the plug-in nears its bound and the emulator stays behind it.
+
+    How it was chosen, with 30 steps of fine-tuning (share of the bound's gain in log-perplexity,
+    privacy gap in nats per token):
+
+    ======  ============================  ============================  =====  ===========
+    plan    distillation, steps and rate  peak rate of fine-tuning      share  privacy gap
+    ======  ============================  ============================  =====  ===========
+    2-4-2   300 at 1e-3                   3e-4                          77%    0.110
+    3-4-3   150 at 1e-3                   6e-4                          89%    0.074
+    3-4-3   250 at 2e-3                   6e-4                          91%    0.032
+    4-3-4   150 at 1e-3                   6e-4                          89%    0.067
+    4-3-4   250 at 2e-3                   3e-4                          90%    0.048
+    4-3-4   250 at 2e-3                   6e-4                          92%    0.032
+    ======  ============================  ============================  =====  ===========
+    """
 
     plan: str = "4-3-4"
     """Split plan: the emulator keeps three of the eight middle blocks."""
