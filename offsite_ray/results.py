@@ -80,6 +80,13 @@ class TrainingHistory:
     peak_memory_bytes: int | None = None
     """Largest resident memory (or, on a GPU, allocated memory) of a worker."""
 
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> TrainingHistory:
+        """Return what :func:`to_plain` made plain."""
+        steps = tuple(StepRecord(**record) for record in plain["steps"])
+        evaluations = tuple(EvalRecord(**record) for record in plain["evaluations"])
+        return cls(**{**plain, "steps": steps, "evaluations": evaluations})
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Perplexity:

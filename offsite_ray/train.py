@@ -85,14 +85,9 @@ def _outcome(run_dir: Path) -> TrainingOutcome:
     from safetensors.torch import load_file
 
     plain = json.loads((run_dir / "history.json").read_text(encoding="utf-8"))
-    history = TrainingHistory(
-        **{
-            **plain,
-            "steps": tuple(StepRecord(**record) for record in plain["steps"]),
-            "evaluations": tuple(EvalRecord(**record) for record in plain["evaluations"]),
-        }
+    return TrainingOutcome(
+        history=TrainingHistory.from_plain(plain), state=load_file(run_dir / _STATE)
     )
-    return TrainingOutcome(history=history, state=load_file(run_dir / _STATE))
 
 
 @contextlib.contextmanager

@@ -96,6 +96,21 @@ def test_a_leftover_run_is_not_overwritten(loop: Loop, tmp_path: Path) -> None:
         finetune(given, run_here, ignore)
 
 
+def test_two_runs_never_share_an_output(loop: Loop, tmp_path: Path) -> None:
+    given = config(loop, tmp_path / "out")
+    refused: list[str] = []
+
+    def start_another(record: RunStart | StepRecord | EvalRecord) -> None:
+        if isinstance(record, RunStart):
+            with pytest.raises(StorageError, match="another run is writing") as caught:
+                finetune(given, run_here, ignore)
+            refused.append(str(caught.value))
+
+    finetune(given, run_here, start_another)
+    assert len(refused) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
 def test_a_checkpoint_of_other_settings_is_refused(loop: Loop, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         finetune(config(loop, tmp_path / "out", checkpoint_every=2), run_here, stop_after(3))

@@ -36,7 +36,7 @@ from offsite_ray.results import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from offsite_ray.config import DemoConfig
 
@@ -160,7 +160,7 @@ def data_owner_trains(demo: Demo) -> None:
     config = _finetune_config(demo.recipe, **{**names, "data": (names["data"],)})
     result = in_own_process("finetune", config, folders.data_owner)
     demo.seconds["finetune"] = result["seconds"]
-    demo.histories["fine-tuning (data owner)"] = _history(result["history"])
+    demo.histories["fine-tuning (data owner)"] = TrainingHistory.from_plain(result["history"])
 
 
 def _finetune_config(recipe: DemoRecipe, **given: Any) -> FinetuneConfig:
@@ -207,16 +207,6 @@ def _flags(config: FinetuneConfig) -> list[str]:
             values = value if isinstance(value, tuple) else (value,)
             flags += [f"--{known.name.replace('_', '-')}", *map(str, values)]
     return flags
-
-
-def _history(plain: Mapping[str, Any]) -> TrainingHistory:
-    return TrainingHistory(
-        **{
-            **plain,
-            "steps": tuple(StepRecord(**record) for record in plain["steps"]),
-            "evaluations": tuple(EvalRecord(**record) for record in plain["evaluations"]),
-        }
-    )
 
 
 def owner_plugs_in(demo: Demo) -> None:

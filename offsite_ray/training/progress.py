@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
+import os
 import resource
 import shutil
 from typing import TYPE_CHECKING, Any
@@ -32,6 +35,9 @@ _FREE_TO_CHANGE = frozenset(
     {"resume", "num_workers", "micro_batch_size", "use_gpu", "out", "checkpoint_every"}
 )
 """Settings with which a resumed run may differ from the one that was stopped."""
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What a file system answers that has no locks."""
 
 
 def identity_of(task: TrainingTask, config: TrainingConfig, plan: Schedule) -> dict[str, Any]:
@@ -137,10 +143,9 @@ class Progress:
                 f"state is cut to that; resume with --num-workers {state['world_size']}"
             )
         self._engine.load(found[-1])
-        history = state["history"]
-        self.steps = [StepRecord(**record) for record in history["steps"]]
-        self._evaluations = [EvalRecord(**record) for record in history["evaluations"]]
-        self._seconds = history["seconds"]
+        history = TrainingHistory.from_plain(state["history"])
+        self.steps, self._evaluations = list(history.steps), list(history.evaluations)
+        self._seconds = history.seconds or 0.0
         return int(state["step"])
 
 
@@ -168,27 +173,56 @@ def run_directory(out: Path, resume: bool) -> Iterator[Path]:
     Removed on success, and where a run diverges or fails before its first checkpoint.
 
     Raises:
-        StorageError: One is left by a run that was stopped, and ``resume`` is not asked for.
+        StorageError: One is left by a run that was stopped, and ``resume`` is not asked for; or
+            another run is at work in it.
     """
     run_dir = out.parent / f".{out.name}.run"
-    stopped = any(run_dir.glob("checkpoint-*"))
-    if stopped and not resume:
-        raise StorageError(
-            f"{run_dir} is left by a run that was stopped; go on with --resume, or remove it to "
-            "start anew"
-        )
-    if run_dir.exists() and not stopped:
-        # Nothing says by which settings the data in it was made.
-        shutil.rmtree(run_dir)
     with made_parent(run_dir):
         try:
             run_dir.mkdir(exist_ok=True)
         except OSError as error:
             raise storage_error(out, error) from error
+        with _alone(run_dir, out):
+            stopped = any(run_dir.glob("checkpoint-*"))
+            if stopped and not resume:
+                raise StorageError(
+                    f"{run_dir} is left by a run that was stopped; go on with --resume, or remove "
+                    "it to start anew"
+                )
+            if not stopped:
+                # Nothing says by which settings the data in it was made.
+                _empty(run_dir)
+            try:
+                yield run_dir
+            except BaseException as error:
+                if isinstance(error, DivergedError) or not any(run_dir.glob("checkpoint-*")):
+                    shutil.rmtree(run_dir, ignore_errors=True)
+                raise
+            shutil.rmtree(run_dir, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone(run_dir: Path, out: Path) -> Iterator[None]:
+    """Hold a lock on a directory, which goes with the process however it ends."""
+    directory = os.open(run_dir, os.O_RDONLY)
+    try:
         try:
-            yield run_dir
-        except BaseException as error:
-            if isinstance(error, DivergedError) or not any(run_dir.glob("checkpoint-*")):
-                shutil.rmtree(run_dir, ignore_errors=True)
-            raise
-    shutil.rmtree(run_dir, ignore_errors=True)
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StorageError(
+                f"another run is writing {out}; wait for its end, or choose another --out"
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise storage_error(out, error) from error
+        yield
+    finally:
+        os.close(directory)
+
+
+def _empty(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
