@@ -118,6 +118,10 @@ class TrainingConfig:
             raise ConfigError(f"num_workers={self.num_workers} must be 0 (no Ray) or more")
         if self.zero_stage not in range(4):
             raise ConfigError(f"zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
+        if self.zero_stage and not self.num_workers:
+            raise ConfigError(
+                f"zero_stage={self.zero_stage} needs Ray Train workers; give --num-workers N"
+            )
         if self.batch_size % max(1, self.num_workers):
             raise ConfigError(
                 f"batch_size={self.batch_size} cannot be shared equally by "
@@ -247,6 +251,8 @@ class EvaluateConfig:
         """Check that there is something to measure."""
         if not self.text and not self.tasks:
             raise ConfigError("nothing to measure: give --text FILE or --tasks NAME, or both")
+        if not self.tasks and (self.task_data or self.task_path):
+            raise ConfigError("--task-data and --task-path need the --tasks that they are for")
         if self.adapter is not None and self.bundle is None:
             raise ConfigError("--adapter needs the --bundle that it was trained against")
         for name, least in (("batch_size", 1), ("task_limit", 1), ("num_fewshot", 0)):
@@ -261,6 +267,8 @@ class InspectConfig:
 
     path: str
     """Directory to look into."""
+    blocks: str | None = None
+    """Path of the block list in a full model whose family is in no table."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

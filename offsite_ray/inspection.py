@@ -47,7 +47,7 @@ class VerifyResult:
     """Full model that it was checked against; None where none was given."""
 
 
-def inspect_path(path: str | Path) -> dict[str, Any]:
+def inspect_path(path: str | Path, blocks: str | None = None) -> dict[str, Any]:
     """Return what is in a directory, as plain values; nothing is verified but the manifest.
 
     Raises:
@@ -56,7 +56,7 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
     """
     directory = Path(path)
     if directory.is_dir() and not (directory / MANIFEST).is_file():
-        return _inspect_model(directory)
+        return _inspect_model(directory, blocks)
     manifest = read_manifest(directory)
     files = [directory / n for n in manifest.files if n.endswith(".safetensors")]
     tensors = TensorDirectory([file for file in sorted(files) if file.is_file()]).tensors
@@ -80,11 +80,11 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
     }
 
 
-def _inspect_model(directory: Path) -> dict[str, Any]:
+def _inspect_model(directory: Path, blocks: str | None) -> dict[str, Any]:
     """Return what is in a full model's directory."""
     values = config_values(directory)
     config = load_config(directory)
-    arch = resolve_architecture(config)
+    arch = resolve_architecture(config, blocks)
     return {
         "path": str(directory),
         "kind": "model",

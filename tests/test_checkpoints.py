@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from offsite_ray.architectures import load_model
 from tests.adapters import make_adapter
+from tests.damage import edit_json
 from tests.stock import CUT, KEPT, blocks_in, cut, logits_of, plug, same_bytes, stock, stored
 from tests.tiny_models import FAMILIES, NUM_BLOCKS, save_tiny
 
@@ -92,11 +93,23 @@ def test_names_without_the_prefix_of_the_base_model(
     check_round_trip(model, tmp_path)
 
 
+def test_a_config_may_hold_infinity(tmp_path: Path) -> None:
+    model = save_tiny("gpt2", tmp_path / "full")
+    edit_json(model / "config.json", lambda values: values.update(attention_limit=float("inf")))
+    assert "Infinity" in (model / "config.json").read_text()
+    bundle = cut(model, CUT, tmp_path / "bundle")
+    make_adapter(bundle, tmp_path / "adapter")
+    plug(model, tmp_path / "adapter", tmp_path / "plugged")
+    assert same_bytes(stored(tmp_path / "plugged"), stored(model))
+
+
 @pytest.mark.parametrize(
     ("family", "buffer", "value"),
     [
         ("gpt2", "transformer.h.{}.attn.bias", torch.ones(1, 1, 64, 64).tril()),
         ("gpt_neox", "gpt_neox.layers.{}.attention.masked_bias", torch.tensor(-1e9)),
+        ("gptj", "transformer.h.{}.attn.bias", torch.ones(1, 1, 64, 64).tril()),
+        ("gptj", "transformer.h.{}.attn.masked_bias", torch.tensor(-1e9)),
         ("llama", "model.layers.{}.self_attn.rotary_emb.inv_freq", torch.ones(4)),
     ],
 )

@@ -257,12 +257,14 @@ def test_every_verb_can_use_a_model_whose_blocks_had_to_be_named(
     train = ["--data", str(text), "--max-steps", "1", "--batch-size", "1", "--seq-len", "16"]
     baseline = ["finetune", "--model", str(model), *train, "--out", tuned]
     evaluate = ["evaluate", "--model", str(model), "--text", str(text), "--seq-len", "16"]
-    for words in (baseline, evaluate):
+    inspect = ["inspect", str(model)]
+    for words in (baseline, evaluate, inspect):
         assert main(words) == 2
         assert "--blocks PATH" in capsys.readouterr().err
     named = ["--blocks", "model.layers"]
     assert main([*baseline, *named]) == 0
     assert main([*evaluate, *named]) == 0
+    assert main([*inspect, *named]) == 0
     assert main(["finetune", "--bundle", bundle, *train, "--out", adapter]) == 0
     artefacts = ["--bundle", bundle, "--adapter", adapter, "--bound", adapter]
     assert main([*evaluate, *artefacts, "--finetuned", tuned]) == 0

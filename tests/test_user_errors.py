@@ -151,6 +151,8 @@ VALUES = [
     (f"{FINETUNE} {{text}} --method lorra", "mean 'lora'?"),
     (f"{FINETUNE} {{text}} --learning-rate fast", "must be a finite number"),
     (f"{FINETUNE} {{text}} --batch-size 0", "batch_size=0 must be at least 1"),
+    (f"{FINETUNE} {{text}} --zero-stage 2", "zero_stage=2 needs Ray Train workers"),
+    (f"{MEASURE} --task-path {{folder}}", "need the --tasks"),
     (f"{FINETUNE} {{text}} --checkpoint-every 0", "checkpoint_every=0 must be at least 1"),
     (f"{FINETUNE} {{text}} --weight-decay=-1", "weight_decay=-1.0 must be 0 or a positive"),
     (f"{FINETUNE} {{text}} --seed=-1", "seed=-1 must be at least 0"),

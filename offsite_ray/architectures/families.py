@@ -8,7 +8,8 @@ unchanged, so a row says nothing about it; a family of another modality is a row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,6 +71,8 @@ class Family:
     """What besides the number of blocks changes in the config, in order."""
     position_dependent: Mapping[str, Any] | None = None
     """Config values with which a block computes with its own index, so that it cannot move."""
+    unused: str | None = None
+    """Regular expression of tensors in its checkpoints that no model computes with."""
 
 
 def _text(model_type: str, blocks: str = "model.layers", **columns: Any) -> Family:
@@ -94,7 +97,7 @@ _ROWS = (
     _text("gemma3_text"),
     _text("phi3"),
     _text("gpt_neox", "gpt_neox.layers"),
-    _text("gptj", "transformer.h"),
+    _text("gptj", "transformer.h", unused=r".*\.attn\.(masked_)?bias"),
     _text("falcon", "transformer.h"),
     _text("olmo2"),
     _text("granite"),
@@ -106,3 +109,9 @@ _ROWS = (
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ROWS}
 """Every family by the ``model_type`` of its config."""
+
+
+def used(model_type: str, names: Iterable[str]) -> list[str]:
+    """Return names of tensors, sorted, without those that a family has for nothing."""
+    unused = FAMILIES[model_type].unused if model_type in FAMILIES else None
+    return sorted(name for name in names if unused is None or not re.fullmatch(unused, name))

@@ -19,6 +19,7 @@ from offsite_ray.architectures.bottleneck import (
     load_bottlenecks,
 )
 from offsite_ray.architectures.detection import model_class, resolve_architecture
+from offsite_ray.architectures.families import used
 from offsite_ray.errors import (
     FamilyError,
     IntegrityError,
@@ -153,6 +154,7 @@ def load_model(
         raise IntegrityError(
             f"the weights in {directory} cannot be loaded: {first_line(error)}"
         ) from error
+    info["unexpected_keys"] = used(config.model_type, info["unexpected_keys"])
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             example = sorted(map(str, info[problem]))[0]
@@ -199,7 +201,9 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
         raise StorageError(f"{directory} is no directory; give one with a tokenizer in it")
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(directory), local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:
         raise StorageError(f"{directory} has no usable tokenizer: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offsite_ray.architectures.detection import empty_model, get_blocks, model_class
-from offsite_ray.architectures.families import BLOCK_LISTS
+from offsite_ray.architectures.families import BLOCK_LISTS, used
 from offsite_ray.errors import FamilyError, IntegrityError, first_line
 
 if TYPE_CHECKING:
@@ -149,7 +149,11 @@ def block_model(
             output_loading_info=True,
         )
     missing = sorted(name for name in info["missing_keys"] if arch.block_of(name) is not None)
-    wrong = [*missing, *sorted(info["unexpected_keys"]), *map(str, info["mismatched_keys"])]
+    wrong = [
+        *missing,
+        *used(config.model_type, info["unexpected_keys"]),
+        *map(str, info["mismatched_keys"]),
+    ]
     if wrong:
         raise IntegrityError(f"tensor {wrong[0]!r} is missing, unknown or of the wrong shape")
     return model  # type: ignore[no-any-return]

@@ -8,6 +8,7 @@ nearly every weight, so a sample tells another version of a model apart at the c
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,10 @@ def difference(expected: Fingerprint, found: Fingerprint) -> str | None:
 
 
 def _stable(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in _VOLATILE}
+    known = {key: value for key, value in config.items() if key not in _VOLATILE}
+    # Infinity is no JSON, and stands in some configurations nevertheless.
+    stable: dict[str, Any] = json.loads(json.dumps(known), parse_constant=str)
+    return stable
 
 
 def _sample(weights: TensorDirectory, names: Iterable[str]) -> str:

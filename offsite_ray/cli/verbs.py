@@ -86,7 +86,7 @@ def _evaluate(config: configs.EvaluateConfig) -> Outcome:
 def _inspect(config: configs.InspectConfig) -> Outcome:
     from offsite_ray.inspection import inspect_path
 
-    return Outcome(plain=to_plain(inspect_path(config.path)))
+    return Outcome(plain=to_plain(inspect_path(config.path, config.blocks)))
 
 
 def _verify(config: configs.VerifyConfig) -> Outcome:
