@@ -126,7 +126,7 @@ def test_errors_have_one_line_and_a_status(
     status: int,
     said: str,
 ) -> None:
-    def fail(path: str) -> None:
+    def fail(path: str, blocks: str | None) -> None:
         raise error
 
     stand_in(monkeypatch, "offsite_ray.inspection", "inspect_path", fail)
@@ -137,7 +137,7 @@ def test_errors_have_one_line_and_a_status(
 def test_the_traceback_is_shown_on_request(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(path: str) -> None:
+    def fail(path: str, blocks: str | None) -> None:
         raise KeyError(path)
 
     stand_in(monkeypatch, "offsite_ray.inspection", "inspect_path", fail)
@@ -203,7 +203,7 @@ def test_inspect_prints_what_is_in_a_bundle(
 def test_what_others_print_goes_to_stderr(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def noisy(path: str) -> dict[str, Any]:
+    def noisy(path: str, blocks: str | None) -> dict[str, Any]:
         print("from Python")
         os.write(1, b"from C\n")
         subprocess.run(["echo", "from a child"], check=True)
@@ -222,7 +222,7 @@ def test_what_others_print_goes_to_stderr(
 def test_what_is_printed_after_the_result_goes_to_stderr() -> None:
     code = (
         "import atexit, os, sys, types; fake = types.ModuleType('offsite_ray.inspection');"
-        "fake.inspect_path = lambda path: {'path': path};"
+        "fake.inspect_path = lambda path, blocks: {'path': path};"
         "sys.modules['offsite_ray.inspection'] = fake; sys.argv = ['', 'inspect', 'p', '--json'];"
         "atexit.register(lambda: (print('late'), os.write(1, b'later')));"
         "from offsite_ray.cli import main; sys.exit(main())"
