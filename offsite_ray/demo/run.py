@@ -92,6 +92,7 @@ def run_demo(config: DemoConfig, tell: Callable[[str], None]) -> DemoResult:
     train_yardsticks(demo)
     evaluation = evaluate_all(demo)
     page, picture = write_page(folders, demo.recipe, evaluation, demo.histories, demo.seconds)
+    tell(f"wrote {page} and {picture.name} after {time.perf_counter() - start:.0f} s")
     return DemoResult(
         out=str(folders.root),
         report=str(page),
