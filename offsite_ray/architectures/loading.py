@@ -58,7 +58,7 @@ def model_directory(name: str | Path) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=list(_HUB_FILES)))
     except Exception as error:
         raise StorageError(
-            f"{name} is no directory, and not on the model hub either: {first_line(error)}"
+            f"{name} is no directory, and cannot be had from the model hub: {first_line(error)}"
         ) from error
 
 
