@@ -11,9 +11,7 @@ from offsite_ray.bundle import (
     Manifest,
     TensorDirectory,
     atomic_directory,
-    check_files,
-    check_kind,
-    read_manifest,
+    read_verified,
     write_manifest,
 )
 from offsite_ray.errors import IntegrityError
@@ -49,9 +47,7 @@ def open_adapter(directory: str | Path) -> AdapterBundle:
         IntegrityError: It is not whole, was altered, or contradicts itself.
     """
     path = Path(directory)
-    manifest = read_manifest(path)
-    check_kind(path, manifest, "adapter_bundle")
-    check_files(path, manifest)
+    manifest = read_verified(path, "adapter_bundle")
     finetuning = manifest.recipe.get("finetuning")
     method = finetuning.get("method") if isinstance(finetuning, dict) else None
     if not isinstance(method, str):

@@ -8,18 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.adapter import open_adapter
+from offsite_ray.adapter import AdapterBundle, open_adapter
 from offsite_ray.architectures import config_values, load_config, resolve_architecture
 from offsite_ray.architectures.bottleneck import BOTTLENECK_FILE
 from offsite_ray.bundle import (
     MANIFEST,
     Kind,
     TensorDirectory,
-    check_files,
-    check_kind,
     read_manifest,
+    read_verified,
 )
-from offsite_ray.emulator import blocks_path, check_fits, open_bundle, open_full_model
+from offsite_ray.emulator import (
+    EmulatorBundle,
+    blocks_path,
+    check_fits,
+    open_bundle,
+    open_full_model,
+)
 from offsite_ray.finetuning.host import host_of_full_model
 from offsite_ray.finetuning.methods import finetuning_method
 from offsite_ray.finetuning.writing import check_plug_in
@@ -113,40 +118,38 @@ def verify(config: VerifyConfig) -> VerifyResult:
     """
     path = Path(config.path)
     manifest = read_manifest(path)
-    num_tensors = _OPENERS[manifest.kind](path)
+    opened = _OPENERS[manifest.kind](path)
     if config.model is not None:
         full = open_full_model(config.model, blocks_path(manifest))
         check_fits(path, manifest, full)
-        if manifest.kind == "adapter_bundle":
-            adapter = open_adapter(path)
-            check_plug_in(
-                finetuning_method(adapter.method),
-                path,
-                adapter.weights,
-                host_of_full_model(full, adapter.plan),
-            )
+        if isinstance(opened, AdapterBundle):
+            method, host = finetuning_method(opened.method), host_of_full_model(full, opened.plan)
+            check_plug_in(method, path, opened.weights, host)
     return VerifyResult(
         path=config.path,
         kind=manifest.kind,
         id=manifest.id,
         num_files=len(manifest.files),
-        num_tensors=num_tensors,
+        num_tensors=len(opened.weights.tensors),
         belongs_to=config.model,
     )
 
 
-def _open_plugged_in(path: Path) -> int:
-    manifest = read_manifest(path)
-    check_kind(path, manifest, "plugged_in_model")
-    check_files(path, manifest)
-    weights = TensorDirectory.of_model(path)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _PluggedIn:
+    weights: TensorDirectory
+
+
+def _open_plugged_in(path: Path) -> _PluggedIn:
+    manifest = read_verified(path, "plugged_in_model")
     beside = [path / name for name in manifest.files if name == BOTTLENECK_FILE]
-    return len(weights.tensors) + len(TensorDirectory(beside).tensors)
+    files = [*TensorDirectory.of_model(path).files, *beside]
+    return _PluggedIn(weights=TensorDirectory(files))
 
 
-_OPENERS: dict[Kind, Callable[[Path], int]] = {
-    "emulator_bundle": lambda path: len(open_bundle(path).weights.tensors),
-    "adapter_bundle": lambda path: len(open_adapter(path).weights.tensors),
+_OPENERS: dict[Kind, Callable[[Path], EmulatorBundle | AdapterBundle | _PluggedIn]] = {
+    "emulator_bundle": open_bundle,
+    "adapter_bundle": open_adapter,
     "plugged_in_model": _open_plugged_in,
 }
-"""Kind of bundle to what checks one; returns the number of its tensors."""
+"""Kind of bundle to what opens and checks one."""

@@ -113,8 +113,7 @@ def applied(model: PreTrainedModel, host: Host, adapter: AdapterBundle) -> Itera
     replaced = checked_replacements(method, adapter.path, adapter.weights, host)
     disk = {
         name: replaced[name]() if name in replaced else host.weights.read(name)
-        for name in host.weights.tensors
-        if host.arch.block_of(name) in host.positions.values()
+        for name in host.block_names
     }
     new = block_parameters(host.config, host.arch, disk)
     parameters = {n: p for n, p in model.named_parameters() if n in new}

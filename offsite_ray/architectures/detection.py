@@ -45,6 +45,11 @@ class Architecture:
             path = rf"(?:{re.escape(base)}\.)?{re.escape(rest)}"
         return re.compile(rf"({path}\.)(\d+)(\..+)")
 
+    @property
+    def blocks_path(self) -> str | None:
+        """What ``--blocks`` must say to find the same blocks; None for a family in the table."""
+        return None if self.recognised == "table" else self.family.blocks
+
     def block_of(self, name: str) -> int | None:
         """Return the index of the block that a tensor (or module) of that name belongs to."""
         match = self._block_name.fullmatch(name)

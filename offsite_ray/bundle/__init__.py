@@ -17,9 +17,8 @@ from offsite_ray.bundle.manifest import (
     Kind,
     Manifest,
     ModelFacts,
-    check_files,
-    check_kind,
     read_manifest,
+    read_verified,
     write_manifest,
 )
 from offsite_ray.bundle.shards import (
@@ -48,9 +47,7 @@ __all__ = [
     "TensorSpec",
     "atomic_directory",
     "atomic_file",
-    "check_files",
     "check_free",
-    "check_kind",
     "check_parent",
     "difference",
     "digest_file",
@@ -59,6 +56,7 @@ __all__ = [
     "made_parent",
     "read_header",
     "read_manifest",
+    "read_verified",
     "rewrite_model",
     "specs",
     "storage_error",

@@ -53,7 +53,7 @@ def atomic_directory(out: Path) -> Iterator[Path]:
         StorageError: ``out`` is taken, or the file system refuses (no space, no permission).
     """
     check_free(out)
-    tmp = out.parent / f".{out.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+    tmp = _sibling(out)
     try:
         with made_parent(out):
             try:
@@ -73,7 +73,7 @@ def atomic_directory(out: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def atomic_file(out: Path) -> Iterator[Path]:
     """Yield a temporary sibling of the file ``out`` that replaces it when the block ends well."""
-    tmp = out.parent / f".{out.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+    tmp = _sibling(out)
     try:
         with made_parent(out):
             try:
@@ -119,6 +119,11 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(source.resolve(), target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def _sibling(out: Path) -> Path:
+    """Return a temporary name beside ``out`` that no other process uses."""
+    return out.parent / f".{out.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def _sync_tree(directory: Path) -> None:

@@ -204,7 +204,20 @@ def _file_names(files: Mapping[str, str]) -> Mapping[str, str]:
     return files
 
 
-def check_kind(directory: Path, manifest: Manifest, kind: Kind) -> None:
+def read_verified(directory: Path, kind: Kind) -> Manifest:
+    """Return the manifest of a bundle of some kind, every file of it verified.
+
+    Raises:
+        BundleError: It is no bundle, or one of another kind.
+        IntegrityError: It is not whole or was altered.
+    """
+    manifest = read_manifest(directory)
+    _check_kind(directory, manifest, kind)
+    _check_files(directory, manifest)
+    return manifest
+
+
+def _check_kind(directory: Path, manifest: Manifest, kind: Kind) -> None:
     """Refuse a bundle of another kind than a verb needs; raise :class:`BundleError`."""
     if manifest.kind != kind:
         raise BundleError(
@@ -212,7 +225,7 @@ def check_kind(directory: Path, manifest: Manifest, kind: Kind) -> None:
         )
 
 
-def check_files(directory: Path, manifest: Manifest) -> None:
+def _check_files(directory: Path, manifest: Manifest) -> None:
     """Check that a bundle's files are exactly those of its manifest, unaltered.
 
     Raises:

@@ -274,10 +274,13 @@ def write_model(
 ) -> dict[str, str]:
     """Write a model's weights as transformers reads them; return file name to digest."""
     shards: list[list[TensorSpec]] = [[]]
+    filled = 0
     for spec in tensors:
-        if shards[-1] and sum(s.nbytes for s in shards[-1]) + spec.nbytes > max_shard_bytes:
+        if shards[-1] and filled + spec.nbytes > max_shard_bytes:
             shards.append([])
+            filled = 0
         shards[-1].append(spec)
+        filled += spec.nbytes
     if len(shards) == 1:
         return {WEIGHTS: write_file(directory / WEIGHTS, shards[0])}
     digests, weight_map = {}, {}

@@ -69,8 +69,7 @@ def _passages(documents: list[Document]) -> list[tuple[str, str]]:
     found = []
     length = _CONTEXT_CHARACTERS + _CHOICE_CHARACTERS
     for document in documents:
-        words = document.text.split(" ")
-        text = " ".join(words)
+        text = document.text
         for start in range(0, len(text) - length, length):
             cut = text.rfind(" ", start, start + _CONTEXT_CHARACTERS)
             if cut > start:

@@ -16,11 +16,9 @@ from offsite_ray.bundle import (
     Manifest,
     TensorDirectory,
     atomic_directory,
-    check_files,
-    check_kind,
     difference,
     fingerprint,
-    read_manifest,
+    read_verified,
     rewrite_model,
     write_manifest,
 )
@@ -72,9 +70,7 @@ def open_bundle(directory: str | Path) -> EmulatorBundle:
         IntegrityError: It is not whole, was altered, or contradicts itself.
     """
     path = Path(directory)
-    manifest = read_manifest(path)
-    check_kind(path, manifest, "emulator_bundle")
-    check_files(path, manifest)
+    manifest = read_verified(path, "emulator_bundle")
     if foreign := [name for name in manifest.files if not belongs_to_bundle(name)]:
         raise IntegrityError(f"{path} holds {foreign[0]!r}, which is no part of an emulator bundle")
     config = load_config(path)

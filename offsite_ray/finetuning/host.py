@@ -29,6 +29,12 @@ class Host:
     positions: Mapping[int, int]
     """Absolute index of an adapter block to its index in this model."""
 
+    @property
+    def block_names(self) -> list[str]:
+        """Names on disk of the tensors of adapter blocks."""
+        places = set(self.positions.values())
+        return [name for name in self.weights.tensors if self.arch.block_of(name) in places]
+
     def full_name(self, name: str) -> str:
         """Return the name in the full model of an adapter block's tensor (or module)."""
         index = self.arch.block_of(name)

@@ -105,6 +105,7 @@ def prepare_lora(
 
 
 def _is_conv1d(model: PreTrainedModel, name: str) -> bool:
+    """Return whether a module keeps its weight as ``(in, out)``, as GPT-2 does."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(model.get_submodule(name), Conv1D)
@@ -119,6 +120,7 @@ def save_lora(
         for name, tensor in state.items()
     }
     modules = sorted({name.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for name in tensors})
+    model = empty_model(host.config, host.arch.family.auto_class)
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -128,7 +130,7 @@ def save_lora(
         "lora_alpha": config.lora_alpha,
         "lora_dropout": 0.0,
         "target_modules": modules,
-        "fan_in_fan_out": _transposed(host, tensors, modules[0]),
+        "fan_in_fan_out": _is_conv1d(model, host.own_name(modules[0])),
         "bias": "none",
     }
     (directory / PEFT_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -136,11 +138,6 @@ def save_lora(
         PEFT_WEIGHTS: write_file(directory / PEFT_WEIGHTS, specs(tensors)),
         PEFT_CONFIG: digest_file(directory / PEFT_CONFIG),
     }
-
-
-def _transposed(host: Host, tensors: Mapping[str, Tensor], module: str) -> bool:
-    """Return whether the module keeps its weight as ``(in, out)``, as GPT-2 does."""
-    return _is_conv1d(empty_model(host.config), host.own_name(module))
 
 
 def lora_replacements(
@@ -154,11 +151,7 @@ def lora_replacements(
     settings = _settings(path)
     pairs = _pairs(path, saved, settings)
     scale = settings["lora_alpha"] / settings["r"]
-    disk = {
-        name: host.weights.read(name)
-        for name in host.weights.tensors
-        if host.arch.block_of(name) in host.positions.values()
-    }
+    disk = {name: host.weights.read(name) for name in host.block_names}
     parameters = block_parameters(host.config, host.arch, disk)
     model = empty_model(host.config, host.arch.family.auto_class)
     for module, (a, b) in pairs.items():

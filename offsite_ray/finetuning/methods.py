@@ -88,11 +88,11 @@ def tensor_replacements(only: re.Pattern[str] | None = None) -> Callable[..., Re
     """Return the ``replacements`` of tensors that are saved whole (those whose name matches)."""
 
     def replacements(path: Path, saved: TensorDirectory, host: Host) -> Replacements:
+        trainable = parameter_names(host.config, host.arch, host.weights.tensors)
         expected = {
             name: host.weights.tensors[name]
-            for name in parameter_names(host.config, host.arch, host.weights.tensors)
-            if host.arch.block_of(name) in host.positions.values()
-            and (only is None or only.fullmatch(name))
+            for name in host.block_names
+            if name in trainable and (only is None or only.fullmatch(name))
         }
         by_name = {host.own_name(name): info for name, info in saved.tensors.items()}
         if missing := sorted(set(expected) - set(by_name)):

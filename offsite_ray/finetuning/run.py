@@ -202,12 +202,11 @@ def _task(
             f"the attention of {host.config.model_type} cannot keep the documents in a block "
             "apart: each also sees those before it"
         )
-    recognised = host.arch.recognised == "table"
     whole = bundle is None and config.method == "full"
     return FinetuneTask(
         model=str(host.path.resolve()),
         model_id=bundle.manifest.id if bundle else str(host.path),
-        blocks=None if recognised else host.arch.family.blocks,
+        blocks=host.arch.blocks_path,
         indices=None if whole else tuple(host.positions.values()),
         config=config,
         data=prepared_for(config.data, host.path, host.config, config.seq_len, run_dir, notice),

@@ -68,7 +68,7 @@ def _write_bottleneck(
         "model_type": BOTTLENECK_TYPE,
         "architectures": ["OffsiteBottleneckModel"],
         "base_config": config_values(host.path),
-        "blocks": None if host.arch.recognised == "table" else host.arch.family.blocks,
+        "blocks": host.arch.blocks_path,
     }
     config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     files["config.json"] = digest_file(config)
