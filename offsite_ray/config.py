@@ -143,8 +143,16 @@ class DistillConfig(TrainingConfig):
     """Directory to write the distilled emulator bundle to."""
     hidden_weight: float = 30.0
     """Weight of the RMS-normalised error of the middle's output (the paper's 30)."""
+    layerwise_weight: float = 0.0
+    """Weight of the same error behind every emulator block, against the block it stands up to."""
+    logits_weight: float = 0.0
+    """Weight of the KL divergence of the emulator model's next token from the full model's."""
     lm_weight: float = 1.0
     """Weight of the language modelling cross-entropy (the paper's 1)."""
+    temperature: float = 1.0
+    """Temperature of both sides of the KL divergence."""
+    compile: bool = False
+    """Compile each block with torch.compile: a minute at the start, faster steps after it."""
     num_workers: int = 1
     """Ray Train workers."""
 
@@ -152,12 +160,14 @@ class DistillConfig(TrainingConfig):
         """Check that there is a loss to go down."""
         # Zero-argument super() does not work in a dataclass with slots: the class is made twice.
         TrainingConfig.__post_init__(self)
-        weights = (self.hidden_weight, self.lm_weight)
-        if not all(map(math.isfinite, weights)) or min(weights) < 0 or not any(weights):
-            raise ConfigError(
-                f"hidden_weight={self.hidden_weight} and lm_weight={self.lm_weight} must be 0 or "
-                "positive numbers, and not both 0"
-            )
+        names = ("hidden_weight", "layerwise_weight", "logits_weight", "lm_weight")
+        for name in names:
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ConfigError(f"{name}={getattr(self, name)} must be 0 or a positive number")
+        if not any(getattr(self, name) for name in names):
+            raise ConfigError(f"{', '.join(names)} are all 0; give one of them a weight")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ConfigError(f"temperature={self.temperature} must be a positive number")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,17 +13,20 @@ from torch import nn
 from offsite_ray.architectures import get_blocks, load_config, load_model, resolve_architecture
 from offsite_ray.bundle import TensorDirectory
 from offsite_ray.config import CompressConfig, DistillConfig
-from offsite_ray.data import open_prepared, split_blocks, write_blocks
+from offsite_ray.data import open_prepared, write_blocks
 from offsite_ray.distillation import (
     DISTILLATION_LOSSES,
     DistillResult,
     DistillTask,
     distill,
+    last_stood_for,
     normalized_error,
 )
+from offsite_ray.distillation.losses import forward_divergence
 from offsite_ray.emulator import compress, open_bundle
 from offsite_ray.errors import ConfigError, PlugInError
-from offsite_ray.training import run_here
+from offsite_ray.split import SplitPlan
+from offsite_ray.training import head, run_here
 from tests.loops import Loop, ignore
 from tests.tiny_models import FAMILIES, save_tiny
 
@@ -58,63 +61,191 @@ def test_the_error_is_relative_to_each_sequence() -> None:
     assert normalized_error(1000 * emulated, 1000 * target).item() == pytest.approx(1.25, rel=1e-5)
 
 
+EVERY_LOSS = {
+    "hidden_weight": 30.0,
+    "layerwise_weight": 2.0,
+    "logits_weight": 3.0,
+    "lm_weight": 1.0,
+    "temperature": 2.0,
+}
+
+
+def hidden_behind_blocks(model: Any, batch: dict[str, torch.Tensor]) -> tuple[list[Any], Any]:
+    """Return the output of every block of a stock model, and its logits."""
+    caught: list[torch.Tensor] = []
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        caught.append(output[0] if isinstance(output, tuple) else output)
+
+    arch = resolve_architecture(model.config)
+    handles = [block.register_forward_hook(hook) for block in get_blocks(model, arch)]
+    logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    return caught, logits
+
+
 def reference_losses(
-    model: Any, emulator: Any, blocks_of: Any, loop: Loop, batch: dict[str, torch.Tensor]
-) -> dict[str, float]:
+    model: Any, emulator: Any, plan: SplitPlan, batch: dict[str, torch.Tensor], temperature: float
+) -> dict[str, torch.Tensor]:
     """Return the losses from whole stock models and hooks, with nothing of the slots."""
-    plan = open_bundle(loop.bundle).plan
-    last = plan.segments[0].blocks[-1]
-    caught: dict[str, torch.Tensor] = {}
-
-    def catch(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            caught[name] = (output[0] if isinstance(output, tuple) else output).detach()
-
-        return hook
-
-    blocks_of(model)[last].register_forward_hook(catch("teacher"))
-    blocks_of(emulator)[plan.kept.index(plan.emulator[-1])].register_forward_hook(catch("student"))
-    given = {"input_ids": batch["input_ids"], "use_cache": False}
     with torch.no_grad():
-        model(**given)
-        logits = emulator(**given).logits
-    error = (caught["student"] - caught["teacher"]).square().mean((1, 2))
-    hidden = (error / caught["teacher"].square().mean((1, 2))).sum()
-    lm = nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
-    )
-    return {"hidden": hidden.item(), "lm": lm.item()}
+        teacher, teacher_logits = hidden_behind_blocks(model, batch)
+    student, logits = hidden_behind_blocks(emulator, batch)
+
+    def error(kept: int, end: int) -> torch.Tensor:
+        difference = (student[plan.kept.index(kept)] - teacher[end]).square().mean((1, 2))
+        return (difference / teacher[end].square().mean((1, 2))).sum()
+
+    # 1-2-1 of six blocks keeps 1 and 4: 1 stands for 1 to 3, 4 for itself.
+    assert plan.emulator == (1, 4)
+    wanted = logits[:, :-1].flatten(0, 1)
+    p = (teacher_logits[:, :-1].flatten(0, 1) / temperature).softmax(-1)
+    log_q = (wanted / temperature).log_softmax(-1)
+    return {
+        "hidden": error(4, 4),
+        "layerwise": (error(1, 3) + error(4, 4)) / 2,
+        "logits": temperature**2 * (p * (p.log() - log_q)).sum(),
+        "lm": nn.functional.cross_entropy(
+            wanted, batch["labels"][:, 1:].flatten(), reduction="sum"
+        ),
+        "drift 1": error(1, 3).detach(),
+        "drift 4": error(4, 4).detach(),
+    }
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
-def test_the_slots_compute_what_two_whole_models_do(family: str, tmp_path: Path) -> None:
-    loop = Loop(tmp_path)
-    save_tiny(family, loop.model)
-    compress(CompressConfig(model=str(loop.model), plan="1-2-1", out=str(loop.bundle)))
-    bundle = open_bundle(loop.bundle)
-    loop.text.write_text("the quick brown fox jumps over the lazy dog " * 20)
+def distill_task(loop: Loop, tmp_path: Path, **changes: Any) -> DistillTask:
     write_blocks([str(loop.text)], loop.model, 16, tmp_path / "data")
-    arch = resolve_architecture(load_config(loop.model))
-    task = DistillTask(
+    return DistillTask(
         model=str(loop.model),
         bundle=str(loop.bundle),
         bundle_id="",
-        plan=bundle.plan,
+        plan=open_bundle(loop.bundle).plan,
         blocks=None,
-        config=config(loop, tmp_path / "out"),
+        config=config(loop, tmp_path / "out", **changes),
         data=open_prepared(tmp_path / "data", loop.model, 128),
         use_positions=False,
     )
-    rows, _ = split_blocks(tmp_path / "data", 0.1, 0)
-    batch = {name: torch.stack([rows[i][name] for i in range(3)]) for name in rows[0]}
+
+
+def first_rows(task: DistillTask, count: int) -> dict[str, torch.Tensor]:
+    rows, _ = task.datasets()
+    return {name: torch.stack([rows[i][name] for i in range(count)]) for name in rows[0]}
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_the_slots_compute_what_two_whole_models_do(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "_CPU_PIECE", 128 * 10)  # five and more pieces of the tokens
+    loop = Loop(tmp_path)
+    save_tiny(family, loop.model)
+    compress(CompressConfig(model=str(loop.model), plan="1-2-1", out=str(loop.bundle)))
+    loop.text.write_text("the quick brown fox jumps over the lazy dog " * 20)
+    task = distill_task(loop, tmp_path, **EVERY_LOSS)
+    batch = first_rows(task, 3)
     module = task.build(torch.device("cpu"))
     with torch.no_grad():
-        parts = {name: part.item() for name, part in module(**batch).items()}
-    expected = reference_losses(
-        load_model(loop.model), load_model(loop.bundle), lambda m: get_blocks(m, arch), loop, batch
-    )
+        measured = {name: part.item() for name, part in module(**batch).items()}
+    emulator = load_model(loop.bundle, dtype=torch.float32)
+    full = load_model(loop.model, dtype=torch.float32)
+    expected = reference_losses(full, emulator, task.plan, batch, EVERY_LOSS["temperature"])
+    assert set(measured) == set(DISTILLATION_LOSSES) | {"drift 1", "drift 4"}
+    assert measured == pytest.approx({n: p.item() for n, p in expected.items()}, rel=1e-4)
+
+    parts = module(**batch)
     assert set(parts) == set(DISTILLATION_LOSSES)
-    assert parts == pytest.approx(expected, rel=1e-4)
+    sum(weight * parts[name] for name, weight in task.loss_weights.items()).backward()
+    sum(weight * expected[name] for name, weight in task.loss_weights.items()).backward()
+    emulator_blocks = get_blocks(emulator, resolve_architecture(load_config(loop.bundle)))
+    grads = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+    compared = 0
+    for index in task.plan.emulator:
+        for name, parameter in emulator_blocks[task.plan.kept.index(index)].named_parameters():
+            if parameter.grad is not None:
+                (mine,) = (g for n, g in grads.items() if n.endswith(f".{index}.emulator.{name}"))
+                scale = parameter.grad.abs().max()
+                assert float((mine - parameter.grad).abs().max()) <= 1e-4 * float(scale) + 1e-6
+                compared += 1
+    assert compared == len(grads)
+
+
+@pytest.mark.parametrize(
+    ("weights", "teacher", "top_blocks", "head_calls"),
+    [
+        ({"hidden_weight": 1.0}, {1, 2, 3, 4}, 0, 0),
+        ({"layerwise_weight": 1.0}, {1, 2, 3, 4}, 0, 0),
+        ({"lm_weight": 1.0}, set(), 1, 1),
+        ({"logits_weight": 1.0}, {1, 2, 3, 4}, 2, 2),
+        ({"hidden_weight": 1.0, "lm_weight": 1.0}, {1, 2, 3, 4}, 1, 1),
+    ],
+)
+def test_only_what_a_loss_needs_is_run(
+    loop: Loop,
+    tmp_path: Path,
+    weights: dict[str, float],
+    teacher: set[int],
+    top_blocks: int,
+    head_calls: int,
+) -> None:
+    none = dict.fromkeys(("hidden_weight", "layerwise_weight", "logits_weight", "lm_weight"), 0.0)
+    task = distill_task(loop, tmp_path, **{**none, **weights})
+    module: Any = task.build(torch.device("cpu"))
+    ran: list[str] = []
+    for name, part in module.named_modules():
+        if name.endswith((".teacher", ".emulator", ".block", ".h.0", "lm_head")):
+            part.register_forward_pre_hook(
+                lambda _module, _inputs, name=name: ran.append(name.removeprefix("language_model."))
+            )
+    module(**first_rows(task, 2))
+    blocks = [name for name in ran if name != "lm_head"]
+    assert {int(n.split(".")[2]) for n in blocks if n.endswith(".teacher")} == teacher
+    assert sum(name.endswith(".emulator") for name in blocks) == 2
+    assert blocks.count("transformer.h.0") == 1  # shared by both
+    assert sum(name.endswith(".block") for name in blocks) == top_blocks
+    assert ran.count("lm_head") == head_calls
+
+
+def test_no_teacher_in_memory_where_no_loss_needs_it(loop: Loop, tmp_path: Path) -> None:
+    with_teacher = distill_task(loop, tmp_path / "a").build(torch.device("cpu"))
+    alone = distill_task(loop, tmp_path / "b", hidden_weight=0.0).build(torch.device("cpu"))
+    names = {name for name, _ in alone.named_parameters()}
+    assert not any(".teacher." in name for name in names)
+    assert len(names) < len(dict(with_teacher.named_parameters()))
+
+
+def test_distilling_without_a_teacher_writes_the_right_blocks(loop: Loop, tmp_path: Path) -> None:
+    result = run(config(loop, tmp_path / "out", hidden_weight=0.0))
+    assert set(result.last_losses) == {"lm", "loss"}
+    assert result.last_losses["lm"] < result.first_losses["lm"]
+    again = run(
+        config(loop, tmp_path / "b", bundle=str(tmp_path / "out"), hidden_weight=0.0, max_steps=1)
+    )
+    assert again.first_losses == pytest.approx(result.last_losses, rel=1e-5)
+
+
+def test_what_each_emulator_block_stands_for() -> None:
+    plan = SplitPlan(num_blocks=12, adapter=(0, 6, 11), emulator=(2, 4, 8))
+    assert last_stood_for(plan) == {2: 3, 4: 5, 8: 10}
+
+
+def test_the_divergence_is_that_of_torch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher = (torch.randn(6, 9, generator=generator) for _ in range(2))
+    targets = torch.tensor([1, -100, 3, 4, -100, 0])
+    wanted = targets != -100
+    for temperature in (1.0, 3.0):
+        p = torch.distributions.Categorical(logits=teacher[wanted] / temperature)
+        q = torch.distributions.Categorical(logits=logits[wanted] / temperature)
+        expected = temperature**2 * torch.distributions.kl_divergence(p, q).sum()
+        found = forward_divergence(logits, teacher, targets, temperature)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_torch_compile_changes_nothing_but_rounding(loop: Loop, tmp_path: Path) -> None:
+    plain = run(config(loop, tmp_path / "a", max_steps=2))
+    compiled = run(config(loop, tmp_path / "b", max_steps=2, compile=True))
+    assert compiled.last_losses == pytest.approx(plain.last_losses, rel=1e-4)
 
 
 def test_only_emulator_blocks_change(loop: Loop, tmp_path: Path) -> None:

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distil: train the emulator blocks of a bundle, and write the bundle again."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from offsite_ray.architectures import Notice, disk_state
+from offsite_ray.bundle import check_free
+from offsite_ray.distillation.task import DistillTask
+from offsite_ray.emulator import (
+    EmulatorBundle,
+    blocks_path,
+    check_fits,
+    open_bundle,
+    open_full_model,
+    write_distilled,
+)
+from offsite_ray.errors import ConfigError
+from offsite_ray.results import TrainingHistory, recipe_of
+from offsite_ray.training import LANGUAGE_MODEL, Fit, Report, keeps_documents_apart, run_directory
+from offsite_ray.training.sources import prepared_for
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from offsite_ray.config import DistillConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillResult:
+    """What ``distill`` made."""
+
+    out: str
+    id: str
+    first_losses: Mapping[str, float]
+    """Held-out losses before the first step, by part; ``loss`` is their weighted sum."""
+    last_losses: Mapping[str, float]
+    history: TrainingHistory
+    seconds: float
+
+
+def distill(
+    config: DistillConfig, fit: Fit, report: Report, notice: Notice | None = None
+) -> DistillResult:
+    """Train the emulator blocks of a bundle against its full model; write the bundle again.
+
+    Args:
+        config: What to train, on what, how.
+        fit: Runs the training: on Ray, or in this process.
+        report: Told of each step and evaluation.
+        notice: Told what is unusual but not wrong.
+
+    Raises:
+        OffsiteError: Model, bundle or data cannot be used; nothing is left behind.
+    """
+    start = time.perf_counter()
+    out = Path(config.out)
+    check_free(out)
+    bundle = open_bundle(config.bundle)
+    if not bundle.plan.emulator:
+        raise ConfigError(
+            f"{config.bundle} keeps no emulator block ({bundle.plan.short}), so there is nothing "
+            "to distil; compress with a plan that keeps one"
+        )
+    full = open_full_model(config.model, blocks_path(bundle.manifest))
+    check_fits(bundle.path, bundle.manifest, full)
+    apart = keeps_documents_apart(full.config, full.arch, full.weights)
+    with run_directory(out, config.resume) as run_dir:
+        task = DistillTask(
+            model=str(full.path.resolve()),
+            bundle=str(bundle.path.resolve()),
+            bundle_id=bundle.manifest.id,
+            plan=bundle.plan,
+            blocks=blocks_path(bundle.manifest),
+            config=config,
+            data=prepared_for(config.data, full.path, full.config, config.seq_len, run_dir, notice),
+            use_positions=apart,
+        )
+        outcome = fit(task, config, run_dir, report)
+        history = outcome.history
+        recipe = recipe_of(config, data=task.data.digest, losses=list(task.loss_weights))
+        measured = {
+            "distillation_seconds": history.seconds,
+            "distillation_peak_memory_bytes": history.peak_memory_bytes,
+            "distillation_losses": dict(history.evaluations[-1].losses),
+        }
+        tensors = _bundle_state(bundle, task, outcome.state)
+        manifest = write_distilled(bundle, tensors, out, recipe, measured)
+    return DistillResult(
+        out=config.out,
+        id=manifest.id,
+        first_losses=history.evaluations[0].losses,
+        last_losses=history.evaluations[-1].losses,
+        history=history,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _bundle_state(
+    bundle: EmulatorBundle, task: DistillTask, state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return trained tensors, named as in the slots, by their name on disk in the bundle."""
+    own = {}
+    for name, tensor in state.items():
+        inner = name.removeprefix(LANGUAGE_MODEL)
+        index = bundle.arch.block_of(inner)
+        if index is not None:
+            place = task.plan.kept.index(index) if task.runs_teacher else index
+            own[bundle.arch.rename(inner, place).replace(".emulator.", ".", 1)] = tensor
+    return disk_state(bundle.config, bundle.arch, own, bundle.weights.tensors)
