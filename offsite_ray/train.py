@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import sys
 import tempfile
@@ -18,7 +17,8 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.errors import ConfigError, OffsiteError, TrainingError
+from offsite_ray.cluster import check_room, embedded_ray
+from offsite_ray.errors import OffsiteError, TrainingError
 from offsite_ray.results import EvalRecord, RunStart, StepRecord, TrainingHistory, to_plain
 from offsite_ray.training import TrainingOutcome, adamw, training_loop
 
@@ -90,47 +90,10 @@ def _outcome(run_dir: Path) -> TrainingOutcome:
     )
 
 
-@contextlib.contextmanager
-def embedded_ray(num_workers: int) -> Iterator[None]:
-    """Use the Ray cluster at hand, or run one in this process for the time being.
-
-    A cluster is at hand where this process is connected to one, or ``RAY_ADDRESS`` names one.
-    """
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    # A worker that only waits for its first step takes a core of Ray's count, not of the machine.
-    local: dict[str, Any] = {
-        "num_cpus": max(num_workers + 1, os.cpu_count() or 1),
-        "include_dashboard": False,
-    }
-    address = os.environ.get("RAY_ADDRESS")
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, **({} if address else local))
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
 def _use_gpu(config: TrainingConfig) -> bool:
     import ray
 
     return ray.cluster_resources().get("GPU", 0) > 0 if config.use_gpu is None else config.use_gpu
-
-
-def check_room(num_workers: int, *, gpu: bool) -> None:
-    """Refuse a run that the cluster can never hold; raise :class:`ConfigError`."""
-    import ray
-
-    kind = "GPU" if gpu else "CPU"
-    there = ray.cluster_resources().get(kind, 0)
-    if there < num_workers:
-        raise ConfigError(
-            f"{num_workers} workers need {num_workers} {kind}s, and the Ray cluster has {there:g}; "
-            "lower --num-workers or add nodes"
-        )
 
 
 def _worker_env(num_workers: int, *, gpu: bool) -> dict[str, str]:
@@ -354,4 +317,4 @@ def _partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
         del config
 
 
-__all__ = ["DeepSpeedEngine", "deepspeed_config", "embedded_ray", "run_on_ray"]
+__all__ = ["DeepSpeedEngine", "deepspeed_config", "run_on_ray"]

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Ray cluster that work runs on: the one at hand, or one of this process for the time being."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+from offsite_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def embedded_ray(num_workers: int) -> Iterator[None]:
+    """Use the Ray cluster at hand, or run one in this process for the time being.
+
+    A cluster is at hand where this process is connected to one, or ``RAY_ADDRESS`` names one.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    # A worker that only waits for its first step takes a core of Ray's count, not of the machine.
+    local: dict[str, Any] = {
+        "num_cpus": max(num_workers + 1, os.cpu_count() or 1),
+        "include_dashboard": False,
+    }
+    address = os.environ.get("RAY_ADDRESS")
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **({} if address else local))
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_room(num_workers: int, *, gpu: bool) -> None:
+    """Refuse a run that the cluster can never hold; raise :class:`ConfigError`."""
+    import ray
+
+    kind = "GPU" if gpu else "CPU"
+    there = ray.cluster_resources().get(kind, 0)
+    if there < num_workers:
+        raise ConfigError(
+            f"{num_workers} workers need {num_workers} {kind}s, and the Ray cluster has {there:g}; "
+            "lower --num-workers or add nodes"
+        )
