@@ -61,11 +61,11 @@ def plug_in(config: PlugInConfig, notice: Notice | None = None) -> PlugInResult:
     check_free(out)
     adapter = open_adapter(config.adapter)
     full = open_full_model(config.model, blocks_path(adapter.manifest))
-    check_fits(adapter.path, adapter.manifest, full)
     host = host_of_full_model(full, adapter.plan)
+    known = check_fits(adapter.path, adapter.manifest, full, host.other_files)
     method = finetuning_method(adapter.method)
     with atomic_directory(out) as tmp:
-        files, replaced = write_plugged_in(tmp, host, method, adapter.path, adapter.weights)
+        files, replaced = write_plugged_in(tmp, host, method, adapter.path, adapter.weights, known)
         manifest = Manifest(
             kind="plugged_in_model",
             model=adapter.manifest.model,

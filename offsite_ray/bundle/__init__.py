@@ -6,12 +6,11 @@ from offsite_ray.bundle.atomic import (
     atomic_file,
     check_free,
     check_parent,
-    link_or_copy,
     made_parent,
     storage_error,
 )
-from offsite_ray.bundle.digest import digest_file
-from offsite_ray.bundle.fingerprint import Fingerprint, difference, fingerprint
+from offsite_ray.bundle.digest import digest_file, new_hasher
+from offsite_ray.bundle.fingerprint import Fingerprint, difference, digests, fingerprint
 from offsite_ray.bundle.manifest import (
     MANIFEST,
     Kind,
@@ -22,16 +21,21 @@ from offsite_ray.bundle.manifest import (
     write_manifest,
 )
 from offsite_ray.bundle.shards import (
+    TensorSpec,
+    lazy_spec,
+    rewrite_model,
+    specs,
+    tensor_bytes,
+    write_file,
+    write_model,
+)
+from offsite_ray.bundle.tensors import (
     DTYPE_NAMES,
     TORCH_DTYPES,
     TensorDirectory,
     TensorInfo,
-    TensorSpec,
+    all_finite,
     read_header,
-    rewrite_model,
-    specs,
-    write_file,
-    write_model,
 )
 
 __all__ = [
@@ -45,21 +49,25 @@ __all__ = [
     "TensorDirectory",
     "TensorInfo",
     "TensorSpec",
+    "all_finite",
     "atomic_directory",
     "atomic_file",
     "check_free",
     "check_parent",
     "difference",
     "digest_file",
+    "digests",
     "fingerprint",
-    "link_or_copy",
+    "lazy_spec",
     "made_parent",
+    "new_hasher",
     "read_header",
     "read_manifest",
     "read_verified",
     "rewrite_model",
     "specs",
     "storage_error",
+    "tensor_bytes",
     "write_file",
     "write_manifest",
     "write_model",

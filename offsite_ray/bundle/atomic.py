@@ -113,14 +113,6 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     return StorageError(f"{where}: {error.strerror or error}; nothing was left at {path}")
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link a file, or copy it where the file system cannot link."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
 def _sibling(out: Path) -> Path:
     """Return a temporary name beside ``out`` that no other process uses."""
     return out.parent / f".{out.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"

@@ -9,20 +9,20 @@ nearly every weight, so a sample tells another version of a model apart at the c
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import blake3
 
 from offsite_ray.architectures import config_values
-from offsite_ray.bundle.digest import digest_bytes, digest_plain
+from offsite_ray.bundle.digest import digest_plain, new_hasher
+from offsite_ray.bundle.windows import windows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
     from pathlib import Path
 
-    from offsite_ray.bundle.shards import TensorDirectory
+    from offsite_ray.bundle.tensors import TensorDirectory
 
 _SAMPLE_WINDOWS = 16
 _SAMPLE_WINDOW_BYTES = 256
@@ -44,24 +44,53 @@ class Fingerprint:
     """Of a fixed sample of bytes of every other tensor."""
 
 
-def fingerprint(directory: Path, weights: TensorDirectory, carried: Iterable[str]) -> Fingerprint:
+def fingerprint(
+    directory: Path, weights: TensorDirectory, carried: Mapping[str, str]
+) -> Fingerprint:
     """Return the fingerprint of the full model in ``directory``.
 
     Args:
         directory: The full model.
         weights: Its tensors.
-        carried: Names of the tensors to digest whole.
+        carried: Names of the tensors that a bundle carries, to the digests of their bytes.
     """
-    names = sorted(carried)
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        digests = list(pool.map(lambda name: digest_bytes(weights.data(name)), names))
     layout = {name: [info.dtype, list(info.shape)] for name, info in weights.tensors.items()}
     return Fingerprint(
         config=digest_plain(_stable(config_values(directory))),
         layout=digest_plain(layout),
-        carried=dict(zip(names, digests, strict=True)),
-        sample=_sample(weights, set(weights.tensors) - set(names)),
+        carried={name: carried[name] for name in sorted(carried)},
+        sample=_sample(weights, set(weights.tensors) - set(carried)),
     )
+
+
+def digests(
+    weights: TensorDirectory, names: Collection[str], files: Collection[Path] = ()
+) -> tuple[dict[str, str], dict[Path, str]]:
+    """Return the digests of tensors by name, and of whole files; no byte is read twice for both.
+
+    Args:
+        weights: The tensors of a model.
+        names: Those of which to give the digest.
+        files: Those of its files of which to give the digest.
+    """
+    of_tensors, of_files = {}, {}
+    for file in weights.files:
+        whole = new_hasher() if file in files else None
+        with file.open("rb") as stream:
+            infos = weights.of_file(file)
+            if whole is not None:
+                whole.update(stream.read(infos[0].begin if infos else -1))
+            for info in infos:
+                own = new_hasher() if info.name in names else None
+                hashers = [hasher for hasher in (whole, own) if hasher is not None]
+                for piece in windows(stream, info.begin, info.end) if hashers else ():
+                    for hasher in hashers:
+                        hasher.update(piece)
+                if own is not None:
+                    of_tensors[info.name] = own.hexdigest()
+        if whole is not None:
+            of_files[file] = whole.hexdigest()
+    return of_tensors, of_files
 
 
 def difference(expected: Fingerprint, found: Fingerprint) -> str | None:
@@ -87,10 +116,8 @@ def _sample(weights: TensorDirectory, names: Iterable[str]) -> str:
     """Return the digest over evenly spaced windows of each tensor's bytes."""
     hasher = blake3.blake3()
     for name in sorted(names):
-        data = weights.data(name)
-        last = max(0, len(data) - _SAMPLE_WINDOW_BYTES)
+        last = max(0, weights.tensors[name].nbytes - _SAMPLE_WINDOW_BYTES)
         starts = sorted({last * i // (_SAMPLE_WINDOWS - 1) for i in range(_SAMPLE_WINDOWS)})
         hasher.update(name.encode())
-        for start in starts:
-            hasher.update(data[start : start + _SAMPLE_WINDOW_BYTES])
+        hasher.update(weights.sample(name, starts, _SAMPLE_WINDOW_BYTES))
     return hasher.hexdigest()

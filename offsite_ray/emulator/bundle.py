@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from offsite_ray.architectures import Architecture, load_config, resolve_architecture
 from offsite_ray.bundle import (
     TORCH_DTYPES,
     Manifest,
     TensorDirectory,
+    all_finite,
     atomic_directory,
     difference,
+    digests,
     fingerprint,
     read_verified,
     rewrite_model,
@@ -27,7 +27,7 @@ from offsite_ray.emulator.full_model import FullModel, check_block_count
 from offsite_ray.errors import IntegrityError, PlugInError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from torch import Tensor
     from transformers.configuration_utils import PretrainedConfig
@@ -89,8 +89,19 @@ def open_bundle(directory: str | Path) -> EmulatorBundle:
     return bundle
 
 
-def check_fits(path: Path, manifest: Manifest, full: FullModel) -> None:
+def check_fits(
+    path: Path, manifest: Manifest, full: FullModel, files: Collection[Path] = ()
+) -> dict[Path, str]:
     """Check that a bundle was made for this full model.
+
+    Args:
+        path: Of the bundle.
+        manifest: Of the bundle.
+        full: The full model.
+        files: Files of the full model whose digests are wanted, since they are read anyway.
+
+    Returns:
+        The digests of ``files``.
 
     Raises:
         PlugInError: Its family, its plan or its fingerprint is another's.
@@ -104,9 +115,17 @@ def check_fits(path: Path, manifest: Manifest, full: FullModel) -> None:
             f"{full.arch.num_blocks}"
         )
     expected = manifest.full_model
-    known = [name for name in expected.carried if name in full.weights.tensors]
-    if problem := difference(expected, fingerprint(full.path, full.weights, known)):
+    known = {n: digest for n, digest in expected.carried.items() if n in full.weights.tensors}
+    # Another model is told apart by what takes no reading, before all that is carried is read.
+    found = fingerprint(full.path, full.weights, known)
+    problem = difference(expected, found)
+    of_files: dict[Path, str] = {}
+    if problem is None:
+        carried, of_files = digests(full.weights, known, files)
+        problem = difference(expected, dataclasses.replace(found, carried=carried))
+    if problem is not None:
         raise PlugInError(f"{full.path} is not the model that {path} was made for: {problem}")
+    return of_files
 
 
 def blocks_path(manifest: Manifest) -> str | None:
@@ -156,7 +175,7 @@ def rounded(name: str, tensor: Tensor, dtype: str) -> Callable[[], Tensor]:
 
     def stored() -> Tensor:
         result = tensor.detach().cpu().to(TORCH_DTYPES[dtype])
-        if not bool(torch.isfinite(result).all()):
+        if not all_finite(result):
             raise IntegrityError(
                 f"tensor {name!r} holds a value that is not finite in {dtype}; nothing was written"
             )

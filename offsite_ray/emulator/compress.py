@@ -18,10 +18,11 @@ from offsite_ray.bundle import (
     atomic_directory,
     check_free,
     fingerprint,
+    new_hasher,
+    tensor_bytes,
     write_manifest,
     write_model,
 )
-from offsite_ray.bundle.shards import tensor_bytes
 from offsite_ray.compression import Compression, compression_method
 from offsite_ray.emulator.companions import refuse_bottlenecks, write_companions
 from offsite_ray.emulator.full_model import FullModel, check_by_example, open_full_model
@@ -29,7 +30,7 @@ from offsite_ray.selection import selection_method
 from offsite_ray.split import SplitPlan, parse_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from offsite_ray.config import CompressConfig
 
@@ -97,9 +98,8 @@ def _write_bundle(
     recipe: Mapping[str, Any],
     start: float,
 ) -> Manifest:
-    tensors = bundle_tensors(full, plan, compression, seed)
-    kept = set(plan.kept)
-    carried = [n for n in full.weights.tensors if full.arch.block_of(n) in kept | {None}]
+    carried: dict[str, str] = {}
+    tensors = bundle_tensors(full, plan, compression, seed, carried)
     with atomic_directory(out) as tmp:
         files = write_model(tmp, tensors)
         files |= write_companions(full.path, tmp, kept_config(full.config, full.arch, plan.kept))
@@ -126,9 +126,18 @@ def _write_bundle(
 
 
 def bundle_tensors(
-    full: FullModel, plan: SplitPlan, compression: Compression, seed: int
+    full: FullModel, plan: SplitPlan, compression: Compression, seed: int, carried: dict[str, str]
 ) -> list[TensorSpec]:
-    """Return what the bundle holds: tensors outside the blocks, and those of the kept blocks."""
+    """Return what the bundle holds: tensors outside the blocks, and those of the kept blocks.
+
+    Args:
+        full: The full model.
+        plan: Which blocks are kept.
+        compression: What becomes of the emulator blocks.
+        seed: Of the compression.
+        carried: Gets the digest of each tensor of the full model, by its name there, as the tensor
+            is read to be written.
+    """
     position = {index: j for j, index in enumerate(plan.kept)}
     emulator = set(plan.emulator)
     found = []
@@ -142,19 +151,26 @@ def bundle_tensors(
                 name=name if index is None else full.arch.rename(name, position[index]),
                 dtype=info.dtype,
                 shape=info.shape,
-                data=_data(full, name, compression if compressed else None, seed),
+                pieces=_pieces(full, name, compression if compressed else None, seed, carried),
             )
         )
     return found
 
 
-def _data(
-    full: FullModel, name: str, compression: Compression | None, seed: int
-) -> Callable[[], bytes | memoryview]:
-    if compression is None or compression.apply is None:
-        return lambda: full.weights.data(name)
-    apply = compression.apply
-    return lambda: tensor_bytes(apply(name, full.weights.read(name), seed))
+def _pieces(
+    full: FullModel, name: str, compression: Compression | None, seed: int, carried: dict[str, str]
+) -> Callable[[], Iterator[memoryview]]:
+    def pieces() -> Iterator[memoryview]:
+        hasher = new_hasher()
+        for piece in full.weights.pieces(name):
+            hasher.update(piece)
+            if compression is None:
+                yield piece
+        carried[name] = hasher.hexdigest()
+        if compression is not None and compression.apply is not None:
+            yield tensor_bytes(compression.apply(name, full.weights.read(name), seed))
+
+    return pieces
 
 
 def stored_dtypes(weights: TensorDirectory) -> list[str]:

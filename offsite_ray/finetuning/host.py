@@ -35,6 +35,12 @@ class Host:
         places = set(self.positions.values())
         return [name for name in self.weights.tensors if self.arch.block_of(name) in places]
 
+    @property
+    def other_files(self) -> list[Path]:
+        """Files without a tensor of adapter blocks, which no adapter changes."""
+        own = {self.weights.tensors[name].file for name in self.block_names}
+        return [file for file in self.weights.files if file not in own]
+
     def full_name(self, name: str) -> str:
         """Return the name in the full model of an adapter block's tensor (or module)."""
         index = self.arch.block_of(name)

@@ -17,7 +17,14 @@ import torch
 
 from offsite_ray.architectures import Architecture, disk_state, get_blocks, parameter_names
 from offsite_ray.architectures.bottleneck import BOTTLENECK_NAME, attach_bottlenecks
-from offsite_ray.bundle import TORCH_DTYPES, TensorDirectory, specs, write_file
+from offsite_ray.bundle import (
+    TORCH_DTYPES,
+    TensorDirectory,
+    all_finite,
+    lazy_spec,
+    specs,
+    write_file,
+)
 from offsite_ray.emulator import rounded
 from offsite_ray.errors import ConfigError, PlugInError, unknown_name
 from offsite_ray.finetuning.lora import lora_replacements, prepare_lora, save_lora
@@ -77,11 +84,13 @@ def save_tensors(
 ) -> dict[str, str]:
     """Write the blocks' own parameters in the host's stored dtypes."""
     disk = disk_state(host.config, host.arch, state, host.weights.tensors)
-    stored = {
-        host.full_name(name): rounded(name, tensor, host.weights.tensors[name].dtype)()
+    stored = [
+        lazy_spec(host.full_name(name), dtype, tensor.shape, rounded(name, tensor, dtype))
         for name, tensor in disk.items()
-    }
-    return {ADAPTER_FILE: write_file(directory / ADAPTER_FILE, specs(stored))}
+        for dtype in (host.weights.tensors[name].dtype,)
+    ]
+    stored.sort(key=lambda spec: spec.name)
+    return {ADAPTER_FILE: write_file(directory / ADAPTER_FILE, stored)}
 
 
 def tensor_replacements(only: re.Pattern[str] | None = None) -> Callable[..., Replacements]:
@@ -106,9 +115,9 @@ def tensor_replacements(only: re.Pattern[str] | None = None) -> Callable[..., Re
                     f"{path}: tensor {full_name!r} is {info.dtype} {list(info.shape)} where the "
                     f"model has {expected[name].dtype} {list(expected[name].shape)}"
                 )
-            check_finite(path, full_name, saved.read(full_name))
+            check_finite(path, full_name, saved.view(full_name))
         return {
-            name: lambda saved_name=info.name: saved.read(saved_name)  # type: ignore[misc]
+            name: lambda saved_name=info.name: saved.view(saved_name)  # type: ignore[misc]
             for name, info in by_name.items()
         }
 
@@ -117,7 +126,7 @@ def tensor_replacements(only: re.Pattern[str] | None = None) -> Callable[..., Re
 
 def check_finite(path: Path, name: str, tensor: Tensor) -> None:
     """Refuse a tensor with a value that is not a number, or infinite."""
-    if not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise PlugInError(f"{path}: tensor {name!r} holds values that are not finite")
 
 

@@ -14,19 +14,34 @@ from offsite_ray.errors import IntegrityError, PlugInError
 from offsite_ray.finetuning.methods import FinetuningMethod, Replacements, bottleneck_tensors
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from offsite_ray.finetuning.host import Host
 
 
 def write_plugged_in(
-    directory: Path, host: Host, method: FinetuningMethod, path: Path, saved: TensorDirectory
+    directory: Path,
+    host: Host,
+    method: FinetuningMethod,
+    path: Path,
+    saved: TensorDirectory,
+    known: Mapping[Path, str] | None = None,
 ) -> tuple[dict[str, str], list[str]]:
-    """Write a model with trained tensors in it; return file digests and replaced names."""
+    """Write a model with trained tensors in it; return file digests and replaced names.
+
+    Args:
+        directory: Empty.
+        host: The model.
+        method: By which the tensors were trained.
+        path: Where they are.
+        saved: The tensors.
+        known: Digests of files of the model, where somebody has just read them.
+    """
     if method.replacements is None:
-        return _write_bottleneck(directory, host, path, saved), []
+        return _write_bottleneck(directory, host, path, saved, known), []
     replacements = checked_replacements(method, path, saved, host)
-    files = rewrite_model(host.path, directory, replacements)
+    files = rewrite_model(host.path, directory, replacements, known)
     files |= write_companions(host.path, directory, None)
     return files, sorted(replacements)
 
@@ -56,11 +71,15 @@ def check_plug_in(method: FinetuningMethod, path: Path, saved: TensorDirectory, 
 
 
 def _write_bottleneck(
-    directory: Path, host: Host, path: Path, saved: TensorDirectory
+    directory: Path,
+    host: Host,
+    path: Path,
+    saved: TensorDirectory,
+    known: Mapping[Path, str] | None,
 ) -> dict[str, str]:
     """Write the model unchanged with the bottlenecks beside it, and a config that says so."""
     tensors = bottleneck_tensors(path, saved, host)
-    files = rewrite_model(host.path, directory, {})
+    files = rewrite_model(host.path, directory, {}, known)
     files |= write_companions(host.path, directory, None)
     files[BOTTLENECK_FILE] = write_file(directory / BOTTLENECK_FILE, specs(tensors))
     config = directory / "config.json"
