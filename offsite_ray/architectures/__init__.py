@@ -26,6 +26,7 @@ from offsite_ray.architectures.surgery import (
     disk_state,
     kept_config,
     parameter_names,
+    stored_alone,
 )
 
 __all__ = [
@@ -50,4 +51,5 @@ __all__ = [
     "quiet_transformers",
     "resolve_architecture",
     "set_blocks",
+    "stored_alone",
 ]

@@ -114,6 +114,26 @@ def parameter_names(
     return set(disk_state(config, arch, inside, disk_names))
 
 
+def stored_alone(
+    config: PretrainedConfig, arch: Architecture, disk_names: Iterable[str]
+) -> dict[str, str]:
+    """Return the names on disk, by name in memory, of the blocks' parameters that load as stored.
+
+    The others are fused from several tensors, or taken apart.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    model = empty_model(config, arch.family.auto_class)
+    by_bare_name = {arch.bare(name): name for name in disk_names}
+    inside = {name: p for name, p in model.named_parameters() if arch.block_of(name) is not None}
+    stored = {id(t): arch.bare(n) for n, t in revert_weight_conversion(model, inside).items()}
+    return {
+        name: by_bare_name[stored[id(parameter)]]
+        for name, parameter in inside.items()
+        if stored.get(id(parameter)) in by_bare_name
+    }
+
+
 def block_model(
     config: PretrainedConfig, arch: Architecture, indices: Sequence[int], disk: Mapping[str, Tensor]
 ) -> PreTrainedModel:

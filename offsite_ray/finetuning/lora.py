@@ -9,6 +9,7 @@ linear layers and stay frozen.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +21,9 @@ from offsite_ray.architectures import (
     disk_state,
     empty_model,
     get_blocks,
+    stored_alone,
 )
-from offsite_ray.bundle import TensorDirectory, digest_file, specs, write_file
+from offsite_ray.bundle import TensorDirectory, all_finite, digest_file, specs, write_file
 from offsite_ray.emulator import rounded
 from offsite_ray.errors import ConfigError, PlugInError
 
@@ -145,34 +147,94 @@ def lora_replacements(
 ) -> dict[str, Callable[[], Tensor]]:
     """Return the host's tensors with LoRA merged: ``W + (alpha / r) B A`` in float32, rounded.
 
+    All are merged once, to see that they can be and which of them change; none is kept, and each
+    is merged again when it is called for.
+
     Raises:
         PlugInError: The PEFT directory does not fit the host's adapter blocks exactly.
     """
     settings = _settings(path)
-    pairs = _pairs(path, saved, settings)
-    scale = settings["lora_alpha"] / settings["r"]
-    disk = {name: host.weights.read(name) for name in host.block_names}
-    parameters = block_parameters(host.config, host.arch, disk)
-    model = empty_model(host.config, host.arch.family.auto_class)
-    for module, (a, b) in pairs.items():
-        name = f"{host.own_name(module)}.weight"
-        if host.arch.block_of(module) not in host.positions or name not in parameters:
-            raise PlugInError(f"{path} targets {module!r}, which is in no adapter block")
-        delta = scale * (b.float() @ a.float())
-        # As PEFT does: how a layer keeps its weight is the layer's to say, not the file's.
-        delta = delta.T if _is_conv1d(model, host.own_name(module)) else delta
-        if delta.shape != parameters[name].shape:
-            raise PlugInError(
-                f"{path}: LoRA of {module!r} makes {list(delta.shape)} where the model has "
-                f"{list(parameters[name].shape)}"
+    merger = _Merger(
+        path=path,
+        host=host,
+        pairs=_pairs(path, saved, settings),
+        scale=settings["lora_alpha"] / settings["r"],
+        model=empty_model(host.config, host.arch.family.auto_class),
+        alone=stored_alone(host.config, host.arch, host.weights.tensors),
+    )
+    found: dict[str, Callable[[], Tensor]] = {}
+    for modules in merger.groups():
+        for name, tensor in merger.merged(modules).items():
+            if not torch.equal(tensor, host.weights.view(name)):
+                found[name] = lambda modules=modules, name=name: merger.merged(modules)[name]  # type: ignore[misc]
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Merger:
+    """What merging takes; it holds no tensor of the host."""
+
+    path: Path
+    host: Host
+    pairs: Mapping[str, tuple[Tensor, Tensor]]
+    """Module, as the full model calls it, to ``A`` and ``B``."""
+    scale: float
+    model: PreTrainedModel
+    """The host's, on the meta device."""
+    alone: Mapping[str, str]
+    """Name in memory to name on disk, of parameters that are stored as they are."""
+
+    def groups(self) -> list[list[str]]:
+        """Return the modules in groups to merge: one by one, or by block where it is fused."""
+        known = {name for name, _ in self.model.named_parameters()}
+        groups: dict[str, list[str]] = {}
+        for module in self.pairs:
+            index, weight = self.host.arch.block_of(module), self._weight(module)
+            if index not in self.host.positions or weight not in known:
+                raise PlugInError(f"{self.path} targets {module!r}, which is in no adapter block")
+            group = weight if weight in self.alone else f"block {index}"
+            groups.setdefault(group, []).append(module)
+        return list(groups.values())
+
+    def merged(self, modules: Sequence[str]) -> dict[str, Tensor]:
+        """Return tensors of the host, by name on disk, with the LoRA of some modules in them."""
+        host, names = self.host, [self._weight(module) for module in modules]
+        alone = all(name in self.alone for name in names)
+        if alone:
+            parameters = {name: host.weights.view(self.alone[name]) for name in names}
+        else:
+            place = host.arch.block_of(names[0])
+            disk = [name for name in host.block_names if host.arch.block_of(name) == place]
+            parameters = block_parameters(
+                host.config, host.arch, {name: host.weights.read(name) for name in disk}
             )
-        parameters[name] = (parameters[name].float() + delta).to(parameters[name].dtype)
-    merged = disk_state(host.config, host.arch, parameters, host.weights.tensors)
-    return {
-        name: rounded(name, tensor, host.weights.tensors[name].dtype)
-        for name, tensor in merged.items()
-        if not torch.equal(tensor.to(disk[name].dtype), disk[name])
-    }
+        for module, name in zip(modules, names, strict=True):
+            parameters[name] = self._merge(module, parameters[name])
+        stored = (
+            {self.alone[name]: tensor for name, tensor in parameters.items()}
+            if alone
+            else disk_state(host.config, host.arch, parameters, host.weights.tensors)
+        )
+        return {
+            name: rounded(name, tensor, host.weights.tensors[name].dtype)()
+            for name, tensor in stored.items()
+        }
+
+    def _weight(self, module: str) -> str:
+        return f"{self.host.own_name(module)}.weight"
+
+    def _merge(self, module: str, weight: Tensor) -> Tensor:
+        a, b = self.pairs[module]
+        # As PEFT does: how a layer keeps its weight is the layer's to say, not the file's.
+        turned = _is_conv1d(self.model, self.host.own_name(module))
+        shape = [b.shape[0], a.shape[1]][:: -1 if turned else 1]
+        if shape != list(weight.shape):
+            raise PlugInError(
+                f"{self.path}: LoRA of {module!r} makes {shape} where the model has "
+                f"{list(weight.shape)}"
+            )
+        delta = (b @ a).mul_(self.scale)
+        return (delta.T if turned else delta).add_(weight.float()).to(weight.dtype)
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -212,7 +274,7 @@ def _pairs(
         if other := {saved.tensors[name].dtype for name in names} - {"F32"}:
             raise PlugInError(f"{path}: LoRA of {module!r} is {min(other)}, not F32")
         a, b = map(saved.read, names)
-        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        if not (all_finite(a) and all_finite(b)):
             raise PlugInError(f"{path}: LoRA of {module!r} holds values that are not finite")
         pairs[module] = (a, b)
     return pairs
