@@ -94,8 +94,11 @@ class RandomRows(FinetuneTask):
         draw = np.random.default_rng(self.config.seed)
         tokens = draw.integers(_FIRST_TOKEN, vocab, shape, dtype=np.int32)
         positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-        columns = {"input_ids": tokens, "labels": tokens, "position_ids": positions}
-        return TokenBlocks(columns, range(shape[0])), TokenBlocks(columns, [0])
+        blocks = [
+            {"input_ids": row, "labels": row, "position_ids": place}
+            for row, place in zip(tokens, positions, strict=True)
+        ]
+        return TokenBlocks(blocks, range(shape[0])), TokenBlocks(blocks, [0])
 
 
 class TimedEngine(TorchEngine):

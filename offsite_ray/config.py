@@ -46,9 +46,20 @@ class PrepareConfig:
     text: tuple[str, ...]
     """Files (.txt, .jsonl, .parquet), directories of them, or the name of a dataset."""
     out: str
-    """Directory to write the prepared data to."""
+    """Directory to write the prepared data to; like `text`, a path or a URI (s3://, gs://)."""
     block_size: int = 512
     """Tokens in a block."""
+    seed: int | None = None
+    """Seed of a random order of the documents; by default they stay as they are."""
+    num_workers: int = 0
+    """Ray Data workers; 0 prepares in this process, without Ray."""
+
+    def __post_init__(self) -> None:
+        """Check ranges; raise :class:`ConfigError`."""
+        if self.seed is not None and not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed} must be at least 0 and below 2**32")
+        if self.num_workers < 0:
+            raise ConfigError(f"num_workers={self.num_workers} must be 0 (no Ray) or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,8 +25,12 @@ from offsite_ray.data import (
     split_blocks,
     write_blocks,
 )
-from offsite_ray.data.encoding import encode
-from offsite_ray.data.prepared import BLOCKS_FILE, DATA_MANIFEST, read_columns
+from offsite_ray.data.blocks import BlockFiles
+from offsite_ray.data.documents import Document
+from offsite_ray.data.encoding import Encoder, Example
+from offsite_ray.data.manifest import DATA_MANIFEST, read_data_manifest
+from offsite_ray.data.packing import COLUMNS
+from offsite_ray.data.parts import Piece
 from offsite_ray.errors import DataError, ResumeError
 from offsite_ray.finetuning import finetune
 from offsite_ray.training import LanguageModelLoss, run_here
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 END = 0
+FIRST = "part-00000.parquet"
 CHAT = (
     "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] }};{% endfor %}"
     "{% if add_generation_prompt %}[a]{% endif %}"
@@ -56,8 +61,9 @@ DOCUMENTS: dict[str, list[dict[str, Any]]] = {
     "text": [{"text": "one"}, {"text": "two"}],
     "completion": [{"prompt": "ask ", "completion": "told"}, {"prompt": "", "completion": "b"}],
     "messages": [{"messages": TALK}],
-    "more columns": [{"prompt": "a", "completion": "b", "text": "not this", "id": 3}],
+    "more columns": [{"prompt": "a", "completion": "b"}],
 }
+MORE_COLUMNS = {"text": "not this", "id": 3}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +95,21 @@ def made(
     source: Path | str, tokenizer_dir: Path, out: Path, block_size: int = 8
 ) -> tuple[PrepareResult, dict[str, list[list[int]]]]:
     result = write_blocks([str(source)], tokenizer_dir, block_size, out)
-    return result, {name: column.tolist() for name, column in read_columns(out).items()}
+    return result, columns_of(out)
+
+
+def columns_of(out: Path) -> dict[str, list[list[int]]]:
+    """Return the blocks of a prepared directory by column."""
+    manifest = read_data_manifest(out)
+    blocks = BlockFiles(out, manifest.files)
+    rows = [blocks[index] for index in range(manifest.num_blocks)]
+    return {name: [row[name].tolist() for row in rows] for name in COLUMNS}
+
+
+def encode(document: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
+    piece = Piece(name="rows.jsonl", form=".parquet")
+    (example,) = Encoder(tokenizer)([Document(document, piece, 6)])
+    return example
 
 
 def predicted(document: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -108,7 +128,8 @@ def predicted(document: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> s
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 @pytest.mark.parametrize("form", list(DOCUMENTS))
 def test_rows_are_read_as_they_are(tmp_path: Path, form: str, suffix: str) -> None:
-    file = write_rows(tmp_path / f"rows{suffix}", DOCUMENTS[form])
+    rows = [{**row, **(MORE_COLUMNS if form == "more columns" else {})} for row in DOCUMENTS[form]]
+    file = write_rows(tmp_path / f"rows{suffix}", rows)
     assert list(read_documents([str(file)])) == DOCUMENTS[form]
 
 
@@ -168,11 +189,11 @@ def test_a_document_begins_as_a_text_that_is_evaluated(tokenizer_dir: Path) -> N
         special_tokens=[("<|endoftext|>", 0), ("<unk>", 1)],
     )
     (held_out,) = encode_held_out(tokenizer, ["abc"])
-    assert encode({"text": "abc"}, tokenizer).tokens == held_out.token_ids
+    assert tuple(encode({"text": "abc"}, tokenizer).tokens) == held_out.token_ids
     completion = encode({"prompt": "a", "completion": "bc"}, tokenizer)
-    assert completion.tokens == held_out.token_ids
-    assert completion.targets == (False, False, False, True, True, True)
-    assert encode({"text": ""}, tokenizer).tokens == ()
+    assert tuple(completion.tokens) == held_out.token_ids
+    assert completion.targets.tolist() == [False, False, False, True, True, True]
+    assert not len(encode({"text": ""}, tokenizer).tokens)
 
 
 @pytest.mark.parametrize(
@@ -257,9 +278,9 @@ def test_a_completion_is_never_cut_in_two(tokenizer_dir: Path, tmp_path: Path) -
     told: list[str] = []
     source = write_rows(tmp_path / "a.jsonl", rows)
     result = write_blocks([str(source)], tokenizer_dir, 8, tmp_path / "out", told.append)
-    columns = read_columns(tmp_path / "out")
-    assert columns["position_ids"].tolist()[:2] == [[*range(5), *range(3)]] * 2
-    assert (columns["labels"] != IGNORED).sum(1).tolist() == [3, 4, 2]
+    columns = columns_of(tmp_path / "out")
+    assert columns["position_ids"][:2] == [[*range(5), *range(3)]] * 2
+    assert (np.array(columns["labels"]) != IGNORED).sum(1).tolist() == [3, 4, 2]
     assert (result.num_blocks, result.num_truncated) == (3, 1)
     assert told == ["1 examples are longer than 8 tokens and were cut"]
 
@@ -284,14 +305,16 @@ def test_a_text_that_fills_no_block_is_refused(
 
 
 def test_the_same_text_gives_the_same_blocks(tokenizer_dir: Path, tmp_path: Path) -> None:
-    source = write_rows(tmp_path / "a.jsonl", DOCUMENTS["text"] * 4)
-    other = write_rows(tmp_path / "b.jsonl", DOCUMENTS["text"][::-1] * 4)
+    rows = [*DOCUMENTS["text"] * 4, {"text": "and more"}]
+    source = write_rows(tmp_path / "a.jsonl", rows)
+    other = write_rows(tmp_path / "b.jsonl", rows[::-1])
     first, _ = made(source, tokenizer_dir, tmp_path / "1")
     again, _ = made(source, tokenizer_dir, tmp_path / "2")
     assert again.digest == first.digest
-    assert (tmp_path / "1" / BLOCKS_FILE).read_bytes() == (
-        tmp_path / "2" / BLOCKS_FILE
-    ).read_bytes()
+    files = [sorted((tmp_path / name).glob("*.parquet")) for name in ("1", "2")]
+    assert [file.name for file in files[0]] == ["part-00000.parquet", "part-00001.parquet"]
+    contents = [[file.read_bytes() for file in some] for some in files]
+    assert contents[0] == contents[1]
     assert made(other, tokenizer_dir, tmp_path / "3")[0].digest != first.digest
     assert made(source, tokenizer_dir, tmp_path / "4", 16)[0].digest != first.digest
     opened = open_prepared(tmp_path / "1", tokenizer_dir, 128)
@@ -317,15 +340,15 @@ def test_held_out_blocks_are_drawn_by_the_seed(tokenizer_dir: Path, tmp_path: Pa
 
 
 def _truncate(data: Path) -> None:
-    blocks = data / BLOCKS_FILE
+    blocks = data / FIRST
     blocks.write_bytes(blocks.read_bytes()[:-50])
 
 
 def _change_a_token(data: Path) -> None:
-    table = pq.read_table(data / BLOCKS_FILE)
+    table = pq.read_table(data / FIRST)
     rows = table.to_pylist()
     rows[0]["input_ids"][0] += 1
-    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), data / BLOCKS_FILE)
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), data / FIRST)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +356,7 @@ def _change_a_token(data: Path) -> None:
     [
         (_truncate, "was altered"),
         (_change_a_token, "was altered"),
-        (lambda data: (data / BLOCKS_FILE).unlink(), "is missing"),
+        (lambda data: (data / FIRST).unlink(), "is missing"),
         (lambda data: (data / DATA_MANIFEST).write_text("{"), "is damaged"),
         (lambda data: edit_json(data / DATA_MANIFEST, lambda v: v.pop("digest")), "is damaged"),
     ],
@@ -368,8 +391,7 @@ def test_what_is_named_as_data_is_prepared_for_the_model(loop: Loop, tmp_path: P
 
     own = (tmp_path / "run/data").resolve()
     assert prepared(loop.text) == (own, 64)
-    own.joinpath(DATA_MANIFEST).unlink()
-    own.joinpath(BLOCKS_FILE).unlink()
+    shutil.rmtree(own)
     assert prepared(loop.text, loop.rows, seq_len=16) == (own, 16)
     assert prepared(own) == (own, 16)
 

@@ -120,7 +120,7 @@ TEXTS = [
     (f"{FINETUNE} {{folder}}", "holds no file of .txt"),
     (f"{FINETUNE} {{latin}}", "cannot be read as .txt"),
     (f"{FINETUNE} {{broken_rows}}", "line 2 is no JSON"),
-    (f"{FINETUNE} {{nameless_rows}}", 'row 1 is none of {"text"}'),
+    (f"{FINETUNE} {{nameless_rows}}", 'line 1 is none of {"text"}'),
     (f"{FINETUNE} {{broken_parquet}}", "cannot be read as .parquet"),
     (f"{FINETUNE} {{chat}}", "no chat template"),
     (f"{EVALUATE} --text {{chat}}", "no perplexity of their own"),
@@ -282,7 +282,7 @@ def _write_prepared(root: Path) -> None:
     write_blocks(text, root / "bundle", 128, root / "long_data")
     write_blocks(text, root / "foreign", 16, root / "foreign_data")
     shutil.copytree(root / "data", root / "altered_data")
-    pq.write_table(pa.table({"input_ids": [[1] * 16]}), root / "altered_data/blocks.parquet")
+    pq.write_table(pa.table({"input_ids": [[1] * 16]}), root / "altered_data/part-00000.parquet")
 
 
 def tree(*roots: Path) -> list[str]:

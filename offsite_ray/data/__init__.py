@@ -6,27 +6,34 @@ A row has ``input_ids``, ``labels`` (-100 where nothing is to be predicted) and 
 what the logits at ``t - 1`` should predict, as in transformers.
 """
 
+from offsite_ray.data.blocks import BlockFiles, TokenBlocks, split_blocks
 from offsite_ray.data.documents import read_documents
 from offsite_ray.data.packing import IGNORED
+from offsite_ray.data.places import place_of
 from offsite_ray.data.prepared import (
     PreparedData,
     PrepareResult,
-    TokenBlocks,
+    fetch_prepared,
     is_prepared,
     open_prepared,
     prepare,
-    split_blocks,
     tokenizer_digest,
     write_blocks,
 )
+from offsite_ray.data.writing import PartWriter, WrittenPart
 
 __all__ = [
     "IGNORED",
+    "BlockFiles",
+    "PartWriter",
     "PrepareResult",
     "PreparedData",
     "TokenBlocks",
+    "WrittenPart",
+    "fetch_prepared",
     "is_prepared",
     "open_prepared",
+    "place_of",
     "prepare",
     "read_documents",
     "split_blocks",

@@ -4,66 +4,114 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from offsite_ray.errors import DataError, first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
+    from offsite_ray.data.documents import Document
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+
+@dataclass(frozen=True, slots=True)
 class Example:
     """A document as tokens."""
 
-    tokens: tuple[int, ...]
-    targets: tuple[bool, ...]
-    """Whether each token is to be predicted."""
+    tokens: np.ndarray[Any, Any]
+    """``(L,)`` int32."""
+    targets: np.ndarray[Any, Any]
+    """``(L,)`` bool: whether each token is to be predicted."""
     divisible: bool
     """Whether it may be cut at the end of a block: running text may, a completion may not."""
 
 
-def encode(document: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Return a document as tokens.
+class Encoder:
+    """Makes tokens of documents, many at a time."""
 
-    It begins as the tokenizer begins a text, and ends with its end of text, where it has these.
-    """
-    if "messages" in document:
-        return _encode_chat(document["messages"], tokenizer)
-    if "completion" in document:
-        return _encode_pieces(
-            [(document["prompt"], False), (document["completion"], True)], tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Ask the tokenizer how a text begins and ends."""
+        self._tokenizer = tokenizer
+        self._begin = _begin(tokenizer)
+        self._end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self.pad = int(tokenizer.pad_token_id or 0)
+
+    def __call__(self, documents: Sequence[Document]) -> Iterator[Example]:
+        """Yield each document as tokens.
+
+        It begins as the tokenizer begins a text, and ends with its end of text, where it has these.
+
+        Raises:
+            DataError: A conversation cannot be told apart.
+        """
+        texts = [_pieces(document.fields) for document in documents]
+        tokens = iter(self._tokens(list(chain.from_iterable(texts))))
+        for document, pieces in zip(documents, texts, strict=True):
+            encoded = [next(tokens) for _ in pieces]
+            if "messages" in document.fields:
+                yield self._chat(document)
+            elif "completion" in document.fields:
+                prompt, completion = encoded
+                yield self._joined(prompt, completion, divisible=False)
+            else:
+                yield self._joined([], *encoded, divisible=True)
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        found: Any = self._tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
         )
-    tokens = _tokens(document["text"], tokenizer)
-    if tokens:
-        tokens = [*_begin(tokenizer), *tokens, *_end(tokenizer)]
-    return Example(tokens=tuple(tokens), targets=(True,) * len(tokens), divisible=True)
+        return list(found["input_ids"])
+
+    def _joined(self, prompt: list[int], wanted: list[int], *, divisible: bool) -> Example:
+        if divisible and not wanted:
+            return _example([], [], divisible=True)
+        tokens = [*self._begin, *prompt, *wanted, *self._end]
+        targets = np.ones(len(tokens), dtype=bool)
+        if not divisible:
+            targets[: len(self._begin) + len(prompt)] = False
+        return _example(tokens, targets, divisible=divisible)
+
+    def _chat(self, document: Document) -> Example:
+        """Return a conversation by the tokenizer's own template; the assistant's are targets."""
+        try:
+            tokens, targets = _conversation(document.fields["messages"], self._tokenizer)
+        except DataError as error:
+            raise DataError(f"{document.where}: {error}") from error
+        return _example(tokens, targets, divisible=False)
 
 
-def _encode_pieces(
-    pieces: Sequence[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase
-) -> Example:
-    tokens = _begin(tokenizer)
-    targets = [False] * len(tokens)
-    for text, wanted in pieces:
-        piece = _tokens(text, tokenizer)
-        tokens += piece
-        targets += [wanted] * len(piece)
-    end = _end(tokenizer)
+def _example(tokens: list[int], targets: Any, *, divisible: bool) -> Example:
     return Example(
-        tokens=(*tokens, *end), targets=(*targets, *(True for _ in end)), divisible=False
+        np.asarray(tokens, dtype=np.int32), np.asarray(targets, dtype=bool), divisible=divisible
     )
 
 
-def _encode_chat(messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Return a conversation by the tokenizer's own template; the assistant's turns are targets."""
+def _pieces(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the texts of a document that are tokenised each on its own."""
+    if "messages" in fields:
+        return ()
+    return (fields["prompt"], fields["completion"]) if "completion" in fields else (fields["text"],)
+
+
+def _conversation(
+    messages: list[Any], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[bool]]:
+    """Return the tokens of a conversation, and which of them are the assistant's."""
     if not tokenizer.chat_template:
         raise DataError(
-            "the tokenizer has no chat template, so {'messages'} cannot be told apart; give "
-            "{'prompt', 'completion'} instead"
+            'the tokenizer has no chat template, so "messages" cannot be read; give "prompt" and '
+            '"completion" instead'
         )
     tokens: list[int] = []
     targets: list[bool] = []
@@ -77,15 +125,14 @@ def _encode_chat(messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> Exa
         tokens = answered
     whole = _rendered(messages, tokenizer)
     _check_begins(whole, tokens)
-    targets += [False] * (len(whole) - len(tokens))
-    return Example(tokens=tuple(whole), targets=tuple(targets), divisible=False)
+    return whole, targets + [False] * (len(whole) - len(tokens))
 
 
 def _role(message: Any) -> str:
     fields = message if isinstance(message, dict) else {}
     role = fields.get("role")
     if not isinstance(role, str) or not {"content", "tool_calls"} & set(fields):
-        raise DataError('every one of {"messages"} needs a "role" (a text) and a "content"')
+        raise DataError('every one of "messages" needs a "role" (a text) and a "content"')
     return role
 
 
@@ -93,7 +140,7 @@ def _check_begins(longer: list[int], shorter: list[int]) -> None:
     if longer[: len(shorter)] != shorter:
         raise DataError(
             "the chat template rewrites earlier turns, so the assistant's words cannot be told "
-            "apart; give {'prompt', 'completion'} instead"
+            'apart; give "prompt" and "completion" instead'
         )
 
 
@@ -112,16 +159,8 @@ def _rendered(
     return list(rendered["input_ids"])
 
 
-def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
 def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return what the tokenizer puts before a text, as it does when a model is evaluated."""
     text: Any = tokenizer("a", return_special_tokens_mask=True)
     marked = zip(text["input_ids"], text["special_tokens_mask"], strict=True)
     return [token for token, _ in takewhile(lambda pair: pair[1], marked)]
-
-
-def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -3,36 +3,48 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
+from pyarrow.fs import LocalFileSystem, copy_files
 
 from offsite_ray.architectures import Notice, load_tokenizer
-from offsite_ray.bundle import atomic_directory, check_free, digest_file
-from offsite_ray.data.documents import read_documents
-from offsite_ray.data.encoding import encode
-from offsite_ray.data.packing import COLUMNS, Packer
+from offsite_ray.bundle import atomic_directory, digest_file
+from offsite_ray.bundle.digest import digest_plain
+from offsite_ray.data.manifest import DATA_MANIFEST, DataManifest, read_data_manifest
+from offsite_ray.data.parts import parts_of
+from offsite_ray.data.places import place_of, reason
+from offsite_ray.data.publishing import publishing
+from offsite_ray.data.writing import PartWriter, WrittenPart
 from offsite_ray.errors import DataError, StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-    from torch import Tensor
+    from collections.abc import Sequence
 
     from offsite_ray.config import PrepareConfig
+    from offsite_ray.data.parts import Part
+    from offsite_ray.data.places import Place
 
-DATA_MANIFEST = "offsite-data.json"
-BLOCKS_FILE = "blocks.parquet"
+WriteParts = Callable[[PartWriter], Iterator[WrittenPart]]
+"""Writes every part, in any order."""
 
-_ROWS_PER_GROUP = 1024
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartsRecord:
+    """How far the writing of parts is."""
+
+    num_done: int
+    num_parts: int
+    num_tokens: int
+    """Tokens of the parts that are done."""
+    tokens_per_s: float
+
+
+ReportParts = Callable[[PartsRecord], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,111 +60,13 @@ class PrepareResult:
     """Tokens that are to be predicted."""
     num_truncated: int
     """Completions that were longer than a block and lost their end."""
+    num_files: int
+    seed: int | None
     tokenizer: str
     """Digest of the tokenizer's ``tokenizer.json``."""
     digest: str
-    """Digest of the blocks; the same text, tokenizer and block size give the same."""
+    """Digest of the blocks; the same text, tokenizer, block size and seed give the same."""
     seconds: float
-
-
-def is_prepared(source: str | Path) -> bool:
-    """Return whether a path is a prepared directory."""
-    return os.path.isfile(Path(source) / DATA_MANIFEST)  # of a text for a name: no, not an error
-
-
-def prepare(config: PrepareConfig, notice: Notice | None = None) -> PrepareResult:
-    """Tokenise text and pack it into blocks, as a Parquet directory.
-
-    Raises:
-        DataError: A source cannot be read, or holds less than a block.
-        StorageError: The tokenizer is missing, or ``out`` is taken.
-    """
-    return write_blocks(config.text, config.tokenizer, config.block_size, Path(config.out), notice)
-
-
-def write_blocks(
-    sources: Sequence[str],
-    tokenizer_dir: str | Path,
-    block_size: int,
-    out: Path,
-    notice: Notice | None = None,
-) -> PrepareResult:
-    """Write a prepared directory; see :func:`prepare`."""
-    start = time.perf_counter()
-    check_free(out)
-    if block_size < 2:
-        raise DataError(f"a block of {block_size} tokens predicts nothing; give at least 2")
-    tokenizer = load_tokenizer(tokenizer_dir)
-    packer = Packer(block_size=block_size, pad=tokenizer.pad_token_id or 0)
-    with atomic_directory(out) as tmp:
-        schema = pa.schema([(name, pa.list_(pa.int32())) for name in COLUMNS])
-        with pq.ParquetWriter(tmp / BLOCKS_FILE, schema, compression="zstd") as writer:
-            examples = (encode(document, tokenizer) for document in read_documents(sources))
-            for rows in _groups(packer.blocks(examples)):
-                columns = {name: [row[name] for row in rows] for name in COLUMNS}
-                writer.write_table(pa.table(columns, schema=schema))
-        packer.check(sources)
-        if packer.num_truncated and notice is not None:
-            notice(
-                f"{packer.num_truncated} examples are longer than {block_size} tokens and were cut"
-            )
-        result = PrepareResult(
-            out=str(out),
-            num_blocks=packer.num_blocks,
-            block_size=block_size,
-            num_documents=packer.num_documents,
-            num_tokens=packer.num_tokens,
-            num_targets=packer.num_targets,
-            num_truncated=packer.num_truncated,
-            tokenizer=tokenizer_digest(tokenizer_dir),
-            digest=digest_file(tmp / BLOCKS_FILE),
-            seconds=time.perf_counter() - start,
-        )
-        record = {key: value for key, value in asdict(result).items() if key != "out"}
-        (tmp / DATA_MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return result
-
-
-def tokenizer_digest(directory: str | Path) -> str:
-    """Return the digest of a tokenizer's ``tokenizer.json``, by which two tokenizers compare."""
-    file = Path(directory) / "tokenizer.json"
-    if not file.is_file():
-        raise StorageError(
-            f"{directory} has no tokenizer.json; save its tokenizer with this transformers"
-        )
-    return digest_file(file)
-
-
-def _groups(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    group: list[dict[str, Any]] = []
-    for row in rows:
-        group.append(row)
-        if len(group) == _ROWS_PER_GROUP:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-class TokenBlocks:
-    """The rows of a prepared directory (or some of them) as tensors, by index."""
-
-    def __init__(self, columns: Mapping[str, Any], rows: Sequence[int]) -> None:
-        """Take columns ``(N, T)`` and the indices of the rows that belong."""
-        self._columns = columns
-        self._rows = rows
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return a row: ``input_ids``, ``labels`` and ``position_ids``, each ``(T,)`` int64."""
-        row = self._rows[index]
-        return {
-            name: torch.from_numpy(column[row].astype(np.int64))
-            for name, column in self._columns.items()
-        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,70 +82,234 @@ class PreparedData:
     """Digest of the blocks; None for blocks that ``prepare`` did not write."""
 
 
+def prepare(
+    config: PrepareConfig,
+    notice: Notice | None = None,
+    *,
+    write_parts: WriteParts | None = None,
+    report: ReportParts | None = None,
+) -> PrepareResult:
+    """Tokenise text and pack it into blocks, as a directory of Parquet files.
+
+    Args:
+        config: What to make of what.
+        notice: Told of what the user should know.
+        write_parts: Where the parts are written, by default here; the result is the same.
+        report: Told of each part that is done.
+
+    Raises:
+        DataError: A source cannot be read, or holds less than a block.
+        StorageError: The tokenizer is missing, or ``out`` is taken.
+    """
+    return write_blocks(
+        config.text,
+        config.tokenizer,
+        config.block_size,
+        config.out,
+        notice,
+        seed=config.seed,
+        write_parts=write_parts or write_here,
+        report=report,
+    )
+
+
+def write_here(writer: PartWriter) -> Iterator[WrittenPart]:
+    """Write every part in this process, in order."""
+    return map(writer, range(len(writer.parts)))
+
+
+def write_blocks(
+    sources: Sequence[str],
+    tokenizer_dir: str | Path,
+    block_size: int,
+    out: str | Path,
+    notice: Notice | None = None,
+    *,
+    seed: int | None = None,
+    write_parts: WriteParts = write_here,
+    report: ReportParts | None = None,
+) -> PrepareResult:
+    """Write a prepared directory; see :func:`prepare`."""
+    start = time.perf_counter()
+    target = place_of(str(out))
+    if block_size < 2:
+        raise DataError(f"a block of {block_size} tokens predicts nothing; give at least 2")
+    with publishing(target) as publication:
+        tokenizer = load_tokenizer(tokenizer_dir)
+        digest = tokenizer_digest(tokenizer_dir)
+        parts = _ordered(parts_of(sources), seed)
+        writer = PartWriter(
+            parts=parts,
+            tokenizer=tokenizer,
+            block_size=block_size,
+            seed=seed,
+            folder=publication.folder(digest_plain([digest, block_size, seed, _identity(parts)])),
+        )
+        written = _followed(write_parts(writer), len(parts), report)
+        manifest = _manifest(writer, written, digest, seed)
+        _check(sources, manifest, divisible=all(part.divisible for part in written))
+        publication.publish(manifest)
+    if manifest.num_truncated and notice is not None:
+        notice(
+            f"{manifest.num_truncated} examples are longer than {block_size} tokens and were cut"
+        )
+    return PrepareResult(
+        out=target.name,
+        num_blocks=manifest.num_blocks,
+        block_size=block_size,
+        num_documents=manifest.num_documents,
+        num_tokens=manifest.num_tokens,
+        num_targets=manifest.num_targets,
+        num_truncated=manifest.num_truncated,
+        num_files=len(manifest.files),
+        seed=seed,
+        tokenizer=digest,
+        digest=manifest.digest,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _ordered(parts: tuple[Part, ...], seed: int | None) -> tuple[Part, ...]:
+    if seed is None:
+        return parts
+    return tuple(parts[place] for place in np.random.default_rng(seed).permutation(len(parts)))
+
+
+def _identity(parts: Sequence[Part]) -> list[list[object]]:
+    """Return what tells the sources of a run from those of another."""
+    return [
+        [piece.name, piece.start, piece.stop, piece.num_bytes] for part in parts for piece in part
+    ]
+
+
+def _followed(
+    written: Iterator[WrittenPart], num_parts: int, report: ReportParts | None
+) -> list[WrittenPart]:
+    """Return the results of all parts in their order, however they come, and report each."""
+    start = time.perf_counter()
+    done: list[WrittenPart] = []
+    num_tokens = 0
+    for part in written:
+        done.append(part)
+        num_tokens += part.num_tokens
+        if report is not None:
+            speed = num_tokens / (time.perf_counter() - start)
+            report(
+                PartsRecord(
+                    num_done=len(done),
+                    num_parts=num_parts,
+                    num_tokens=num_tokens,
+                    tokens_per_s=speed,
+                )
+            )
+    return sorted(done, key=lambda part: part.index)
+
+
+def _manifest(
+    writer: PartWriter, written: Sequence[WrittenPart], tokenizer: str, seed: int | None
+) -> DataManifest:
+    """Write what the parts left over, and return the manifest of all files."""
+    files = [part.file for part in written] + [writer.finish(written)]
+    kept = tuple(file for file in files if file is not None)
+    return DataManifest(
+        tokenizer=tokenizer,
+        block_size=writer.block_size,
+        seed=seed,
+        num_blocks=sum(file.num_blocks for file in kept),
+        num_documents=sum(part.num_documents for part in written),
+        num_tokens=sum(part.num_tokens for part in written),
+        num_targets=sum(file.num_targets for file in kept),
+        num_truncated=sum(part.num_truncated for part in written),
+        max_token=max((file.max_token for file in kept), default=0),
+        files=kept,
+    )
+
+
+def _check(sources: Sequence[str], manifest: DataManifest, *, divisible: bool) -> None:
+    """Refuse a text that does not fill a block; raise :class:`DataError`."""
+    where = ", ".join(place_of(source).name for source in sources)
+    if not manifest.num_targets:
+        raise DataError(f"{where} holds nothing to predict; give a text that is not empty")
+    if divisible and manifest.num_tokens < manifest.block_size:
+        raise DataError(
+            f"{where} has {manifest.num_tokens} tokens, fewer than a block of "
+            f"{manifest.block_size}; give more text or a smaller --seq-len (prepare: --block-size)"
+        )
+
+
+def is_prepared(source: str | Path) -> bool:
+    """Return whether a path or a URI is a prepared directory.
+
+    Raises:
+        StorageError: The filesystem of the URI cannot be used.
+    """
+    place = place_of(str(source)).below(DATA_MANIFEST)
+    try:
+        return place.is_file()
+    except OSError as error:
+        raise StorageError(f"{place.name} cannot be read: {reason(error)}") from error
+
+
 def open_prepared(path: str | Path, tokenizer_dir: str | Path, vocab_size: int) -> PreparedData:
-    """Return a prepared directory that fits a model.
+    """Return a prepared directory that fits a model, every file of it verified.
 
     Raises:
         DataError: It is damaged, or was made with another tokenizer.
     """
-    file = Path(path) / DATA_MANIFEST
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        data = PreparedData(
-            path=Path(path),
-            block_size=int(record["block_size"]),
-            num_blocks=int(record["num_blocks"]),
-            tokenizer=str(record["tokenizer"]),
-            digest=str(record["digest"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is damaged: {error!r}; run 'offsite-ray prepare' again") from error
-    if data.tokenizer != tokenizer_digest(tokenizer_dir):
+    folder = Path(path)
+    manifest = read_data_manifest(folder)
+    if manifest.tokenizer != tokenizer_digest(tokenizer_dir):
         raise DataError(
             f"{path} was prepared with another tokenizer than that of {tokenizer_dir}; run "
             f"'offsite-ray prepare --tokenizer {tokenizer_dir}'"
         )
-    blocks = data.path / BLOCKS_FILE
-    if not blocks.is_file() or digest_file(blocks) != data.digest:
-        raise DataError(f"{blocks} is missing or was altered; run 'offsite-ray prepare' again")
-    largest = int(read_columns(data.path)["input_ids"].max())
-    if largest >= vocab_size:
+    for file in manifest.files:
+        blocks = folder / file.name
+        if not blocks.is_file() or digest_file(blocks) != file.digest:
+            raise DataError(f"{blocks} is missing or was altered; run 'offsite-ray prepare' again")
+    if manifest.max_token >= vocab_size:
         raise DataError(
-            f"{path} holds token {largest}, and the model knows {vocab_size}: the tokenizer does "
-            "not belong to it"
+            f"{path} holds token {manifest.max_token}, and the model knows {vocab_size}: the "
+            "tokenizer does not belong to it"
         )
-    return data
+    return PreparedData(
+        path=folder,
+        block_size=manifest.block_size,
+        num_blocks=manifest.num_blocks,
+        tokenizer=manifest.tokenizer,
+        digest=manifest.digest,
+    )
 
 
-def read_columns(path: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """Return the columns of a prepared directory as int32 arrays of shape ``(N, T)``."""
-    try:
-        table = pq.read_table(path / BLOCKS_FILE, columns=list(COLUMNS), memory_map=True)
-        arrays = {}
-        for name in COLUMNS:
-            flat = table.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            arrays[name] = flat.reshape(table.num_rows, -1)
-        return arrays
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise DataError(f"{path / BLOCKS_FILE} is damaged: {error}") from error
-
-
-def split_blocks(path: Path, eval_fraction: float, seed: int) -> tuple[TokenBlocks, TokenBlocks]:
-    """Return the rows to train on and the held-out ones, drawn by ``seed``.
+def fetch_prepared(place: Place, out: Path) -> None:
+    """Copy prepared data to a directory of this machine, whole or not at all.
 
     Raises:
-        DataError: There are not two rows, one for each.
+        DataError: Its manifest is damaged.
+        StorageError: It cannot be read, or ``out`` is taken.
     """
-    columns = read_columns(path)
-    count = len(columns["input_ids"])
-    if count < 2:
-        raise DataError(
-            f"the data makes {count} block, and one is held out for evaluation; give more text or "
-            "a smaller --seq-len"
+    with atomic_directory(out) as tmp:
+        names = [DATA_MANIFEST]
+        try:
+            for name in names:
+                (tmp / name).parent.mkdir(exist_ok=True)
+                copy_files(
+                    place.below(name).path,
+                    str(tmp / name),
+                    source_filesystem=place.filesystem,
+                    destination_filesystem=LocalFileSystem(),
+                )
+                if name == DATA_MANIFEST:
+                    names += [file.name for file in read_data_manifest(tmp).files]
+        except OSError as error:
+            raise StorageError(f"{place.name} cannot be fetched: {reason(error)}") from error
+
+
+def tokenizer_digest(directory: str | Path) -> str:
+    """Return the digest of a tokenizer's ``tokenizer.json``, by which two tokenizers compare."""
+    file = Path(directory) / "tokenizer.json"
+    if not file.is_file():
+        raise StorageError(
+            f"{directory} has no tokenizer.json; save its tokenizer with this transformers"
         )
-    order = np.random.default_rng(seed).permutation(count)
-    num_held_out = min(count - 1, max(1, round(count * eval_fraction)))
-    return (
-        TokenBlocks(columns, np.sort(order[num_held_out:]).tolist()),
-        TokenBlocks(columns, np.sort(order[:num_held_out]).tolist()),
-    )
+    return digest_file(file)

@@ -6,7 +6,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from offsite_ray.data import PreparedData, is_prepared, open_prepared, write_blocks
+from offsite_ray.data import (
+    PreparedData,
+    fetch_prepared,
+    is_prepared,
+    open_prepared,
+    place_of,
+    write_blocks,
+)
 from offsite_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,6 +36,8 @@ def prepared_for(
 ) -> PreparedData:
     """Return prepared data for a model: the user's own, or made in the run's directory.
 
+    Rows are read one by one and in any order, so what lies elsewhere is copied there first.
+
     Raises:
         ConfigError: ``seq_len`` is more than the model has positions, or not the data's.
         DataError: The data cannot be read, or belongs to another tokenizer.
@@ -45,7 +54,7 @@ def prepared_for(
             length = seq_len or min(longest, _DEFAULT_SEQ_LEN)
             write_blocks(sources, model_dir, length, data, notice)
         return open_prepared(data.resolve(), model_dir, config.vocab_size)
-    found = open_prepared(Path(prepared[0]).resolve(), model_dir, config.vocab_size)
+    found = open_prepared(_at_hand(prepared[0], run_dir), model_dir, config.vocab_size)
     if found.block_size > longest:
         raise ConfigError(
             f"{prepared[0]} has blocks of {found.block_size} tokens, more than the model's "
@@ -57,3 +66,14 @@ def prepared_for(
             "--seq-len out, or prepare the text anew"
         )
     return found
+
+
+def _at_hand(source: str, run_dir: Path) -> Path:
+    """Return a prepared directory that every worker sees; of one elsewhere, a copy."""
+    place = place_of(source)
+    if place.is_local:
+        return Path(place.path).resolve()
+    copy = run_dir / "data"
+    if not is_prepared(copy):
+        fetch_prepared(place, copy)
+    return copy.resolve()

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where texts and prepared data lie: a path of this machine, or a URI of any pyarrow filesystem."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
+
+from offsite_ray.errors import StorageError, first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_SECRETS = re.compile(r"(?<=://)[^/@]*@|\?.*")
+"""The key and the options that a URI may have, which no message and no result repeats."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A file, a directory or a prefix; plain enough to be sent to workers."""
+
+    filesystem: Any
+    path: str
+    """Inside the filesystem; absolute where that is this machine's."""
+    name: str
+    """What messages call it."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is on a filesystem of this machine."""
+        return isinstance(self.filesystem, LocalFileSystem)
+
+    def below(self, name: str) -> Place:
+        """Return what has a name in this directory."""
+        parts = (f"{folder.rstrip('/')}/{name}" for folder in (self.path, self.name))
+        return Place(self.filesystem, *parts)
+
+    def is_file(self) -> bool:
+        """Return whether there is a file."""
+        return bool(self._type() == FileType.File)
+
+    def is_directory(self) -> bool:
+        """Return whether there is a directory, or a prefix with something below it."""
+        return bool(self._type() == FileType.Directory)
+
+    def files(self) -> Iterator[tuple[Place, int]]:
+        """Yield every file in this directory and those in it with its bytes, ordered by path."""
+        selector = FileSelector(self.path, recursive=True)
+        infos = self.filesystem.get_file_info(selector)
+        for info in sorted(infos, key=lambda info: info.path):
+            if info.type == FileType.File:
+                yield self.below(info.path[len(self.path.rstrip("/")) + 1 :]), info.size
+
+    def size(self) -> int:
+        """Return the bytes of this file."""
+        return int(self.filesystem.get_file_info(self.path).size)
+
+    def _type(self) -> Any:
+        try:
+            return self.filesystem.get_file_info(self.path).type
+        except (OSError, pa.ArrowException):
+            # Of a text for a name, one that is too long for instance: no, not an error.
+            if self.is_local:
+                return FileType.NotFound
+            raise
+
+
+def is_uri(name: str) -> bool:
+    """Return whether a name is a URI and not a path."""
+    return _URI.match(name) is not None
+
+
+def place_of(name: str) -> Place:
+    """Return the place that a path or a URI names; nothing needs to be there.
+
+    What pyarrow has no filesystem for is left to fsspec.
+
+    Raises:
+        StorageError: Neither knows the URI.
+    """
+    if not is_uri(name):
+        return Place(LocalFileSystem(), os.path.abspath(name), name)
+    shown = _SECRETS.sub("", name)
+    try:
+        try:
+            filesystem, path = FileSystem.from_uri(name)
+        except ValueError as error:
+            if "Unrecognized filesystem type" not in str(error):
+                raise
+            filesystem, path = FileSystem.from_uri(f"fsspec+{name}")
+    except (ValueError, OSError, ImportError) as error:
+        raise StorageError(
+            f"{shown} is on no filesystem that can be used here: {first_line(error)}; give a path, "
+            "or a URI of a filesystem of pyarrow (s3://, gs://) or of fsspec"
+        ) from error
+    return Place(filesystem, path, path if isinstance(filesystem, LocalFileSystem) else shown)
+
+
+def reason(error: Exception) -> str:
+    """Return why a filesystem refused, in a few words."""
+    number = getattr(error, "errno", None)
+    return os.strerror(number) if number else first_line(error)
