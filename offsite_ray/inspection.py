@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 class VerifyResult:
     """What was checked and found right."""
 
+    verdict: str
+    """In words, for people."""
     path: str
     kind: Kind
     id: str
@@ -48,8 +50,8 @@ class VerifyResult:
     """Files whose digest was checked."""
     num_tensors: int
     """Tensors whose place, shape and dtype were checked."""
-    belongs_to: str | None
-    """Full model that it was checked against; None where none was given."""
+    checked_against: str | None
+    """Full model that it belongs to; None where none was given."""
 
 
 def inspect_path(path: str | Path, blocks: str | None = None) -> dict[str, Any]:
@@ -126,13 +128,20 @@ def verify(config: VerifyConfig) -> VerifyResult:
             method, host = finetuning_method(opened.method), host_of_full_model(full, opened.plan)
             check_plug_in(method, path, opened.weights, host)
     return VerifyResult(
+        verdict=_verdict(config.model),
         path=config.path,
         kind=manifest.kind,
         id=manifest.id,
         num_files=len(manifest.files),
         num_tensors=len(opened.weights.tensors),
-        belongs_to=config.model,
+        checked_against=config.model,
     )
+
+
+def _verdict(model: str | None) -> str:
+    if model is None:
+        return "whole and unaltered; give --model to check which model it belongs to"
+    return f"whole and unaltered, and it belongs to {model}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

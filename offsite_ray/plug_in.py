@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from offsite_ray.bundle import TensorInfo
     from offsite_ray.config import PlugInConfig
 
 
@@ -42,6 +43,8 @@ class PlugInResult:
     method: str
     replaced: tuple[str, ...]
     """Names of the replaced tensors; empty for adapters that stay beside the weights."""
+    added: tuple[str, ...]
+    """Names of the tensors of adapters that stay beside the weights."""
     seconds: float
 
 
@@ -50,7 +53,7 @@ def plug_in(config: PlugInConfig, notice: Notice | None = None) -> PlugInResult:
 
     Args:
         config: Which adapter into which model.
-        notice: With ``config.verbose``, told of each replaced tensor.
+        notice: With ``config.verbose``, told of each tensor that is replaced or added.
 
     Raises:
         PlugInError: The adapter does not fit the full model; nothing is written.
@@ -65,13 +68,13 @@ def plug_in(config: PlugInConfig, notice: Notice | None = None) -> PlugInResult:
     known = check_fits(adapter.path, adapter.manifest, full, host.other_files)
     method = finetuning_method(adapter.method)
     with atomic_directory(out) as tmp:
-        files, replaced = write_plugged_in(tmp, host, method, adapter.path, adapter.weights, known)
+        done = write_plugged_in(tmp, host, method, adapter.path, adapter.weights, known)
         manifest = Manifest(
             kind="plugged_in_model",
             model=adapter.manifest.model,
             plan=adapter.plan,
             full_model=adapter.manifest.full_model,
-            files=files,
+            files=done.files,
             recipe={**adapter.manifest.recipe, "plug_in": {"adapter": adapter.manifest.id}},
             dtypes=adapter.manifest.dtypes,
             trained_against=adapter.manifest.trained_against,
@@ -79,17 +82,23 @@ def plug_in(config: PlugInConfig, notice: Notice | None = None) -> PlugInResult:
         )
         manifest = write_manifest(tmp, manifest)
     if config.verbose and notice is not None:
-        for name in replaced:
-            info = full.weights.tensors[name]
-            notice(f"replaced {name} ({info.dtype} {list(info.shape)})")
+        for name in done.replaced:
+            notice(f"replaced {_told(full.weights.tensors[name])}")
+        for name in done.added:
+            notice(f"added {_told(adapter.weights.tensors[name])} beside the weights")
     return PlugInResult(
         out=str(out),
         id=manifest.id,
         adapter=adapter.manifest.id,
         method=method.name,
-        replaced=tuple(replaced),
+        replaced=done.replaced,
+        added=done.added,
         seconds=time.perf_counter() - start,
     )
+
+
+def _told(info: TensorInfo) -> str:
+    return f"{info.name} ({info.dtype} {list(info.shape)})"
 
 
 @contextlib.contextmanager

@@ -194,7 +194,13 @@ def test_inspect_prints_what_is_in_a_bundle(
     assert main(["inspect", out, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kind"] == "emulator_bundle"
     assert main(["verify", out]) == 0
-    assert "emulator_bundle" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith("verdict          whole and unaltered; give --model")
+    assert "emulator_bundle" in said
+    assert main(["verify", out, "--model", str(model)]) == 0
+    said = capsys.readouterr().out
+    assert f"whole and unaltered, and it belongs to {model}\n" in said
+    assert f"checked against  {model}\n" in said
     (tmp_path / "b" / "config.json").write_text("{}", encoding="utf-8")
     assert main(["verify", out]) == 2
     assert "config.json" in capsys.readouterr().err

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from offsite_ray.architectures import load_model
 from offsite_ray.bundle import TensorDirectory
 from offsite_ray.cli import main
-from offsite_ray.config import CompressConfig, PlugInConfig
+from offsite_ray.config import CompressConfig, PlugInConfig, VerifyConfig
 from offsite_ray.emulator import compress
 from offsite_ray.errors import StorageError
+from offsite_ray.inspection import verify
 from offsite_ray.plug_in import PlugInResult, plug_in
 from tests.adapters import METHODS, make_adapter
 from tests.tiny_models import save_tiny
@@ -102,6 +104,20 @@ def test_verbose_lists_every_replaced_tensor(
     assert all(f"replaced {name} (F32 [" in said for name in names)
 
 
+def test_verbose_lists_what_lies_beside_the_weights(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_adapter(good / "bundle", tmp_path / "adapter", method="bottleneck", noise=0.05)
+    words = ["--model", str(good / "full"), "--adapter", str(tmp_path / "adapter")]
+    assert main(["plug-in", *words, "--out", str(tmp_path / "out"), "--verbose"]) == 0
+    listed = [line for line in capsys.readouterr().err.splitlines() if "beside the weights" in line]
+    with safe_open(tmp_path / "out/bottleneck.safetensors", "pt") as beside:
+        assert len(listed) == len(beside.keys()) == 8
+        for name, line in zip(sorted(beside.keys()), listed, strict=True):
+            shape = list(beside.get_tensor(name).shape)
+            assert line == f"added {name} (F32 {shape}) beside the weights"
+
+
 @pytest.mark.parametrize("can_link", [True, False])
 def test_files_without_a_replaced_tensor_are_linked_or_copied(
     good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, can_link: bool
@@ -121,6 +137,7 @@ def test_files_without_a_replaced_tensor_are_linked_or_copied(
         ours, theirs = out / name, good / "full" / name
         assert ours.samefile(theirs) is (can_link and name not in rewritten)
         assert (ours.read_bytes() == theirs.read_bytes()) is (name not in rewritten)
+    assert verify(VerifyConfig(path=str(out))).num_files > len(names)
 
 
 @pytest.mark.parametrize("kind", ["directory", "file", "link"])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from offsite_ray.architectures import config_values
@@ -20,6 +21,18 @@ if TYPE_CHECKING:
     from offsite_ray.finetuning.host import Host
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PluggedIn:
+    """What was written."""
+
+    files: dict[str, str]
+    """File name to digest."""
+    replaced: tuple[str, ...] = ()
+    """Names of the tensors that have other values now."""
+    added: tuple[str, ...] = ()
+    """Names of the tensors that lie beside those of the model."""
+
+
 def write_plugged_in(
     directory: Path,
     host: Host,
@@ -27,8 +40,8 @@ def write_plugged_in(
     path: Path,
     saved: TensorDirectory,
     known: Mapping[Path, str] | None = None,
-) -> tuple[dict[str, str], list[str]]:
-    """Write a model with trained tensors in it; return file digests and replaced names.
+) -> PluggedIn:
+    """Write a model with trained tensors in it.
 
     Args:
         directory: Empty.
@@ -39,11 +52,11 @@ def write_plugged_in(
         known: Digests of files of the model, where somebody has just read them.
     """
     if method.replacements is None:
-        return _write_bottleneck(directory, host, path, saved, known), []
+        return _write_bottleneck(directory, host, path, saved, known)
     replacements = checked_replacements(method, path, saved, host)
     files = rewrite_model(host.path, directory, replacements, known)
     files |= write_companions(host.path, directory, None)
-    return files, sorted(replacements)
+    return PluggedIn(files=files, replaced=tuple(sorted(replacements)))
 
 
 def checked_replacements(
@@ -76,7 +89,7 @@ def _write_bottleneck(
     path: Path,
     saved: TensorDirectory,
     known: Mapping[Path, str] | None,
-) -> dict[str, str]:
+) -> PluggedIn:
     """Write the model unchanged with the bottlenecks beside it, and a config that says so."""
     tensors = bottleneck_tensors(path, saved, host)
     files = rewrite_model(host.path, directory, {}, known)
@@ -91,4 +104,4 @@ def _write_bottleneck(
     }
     config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     files["config.json"] = digest_file(config)
-    return files
+    return PluggedIn(files=files, added=tuple(sorted(tensors)))
