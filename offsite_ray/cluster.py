@@ -28,7 +28,8 @@ def embedded_ray(num_workers: int) -> Iterator[None]:
     # A worker that only waits for its first step takes a core of Ray's count, not of the machine.
     local: dict[str, Any] = {
         "num_cpus": max(num_workers + 1, os.cpu_count() or 1),
-        "include_dashboard": False,
+        # The state of actors is known to the dashboard alone, and Ray Train cleans up by it.
+        "include_dashboard": True,
     }
     address = os.environ.get("RAY_ADDRESS")
     ray.init(log_to_driver=False, logging_level=logging.ERROR, **({} if address else local))

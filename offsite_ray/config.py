@@ -17,6 +17,13 @@ ComputeDtype = Literal["fp32", "bf16"]
 """Arithmetic of a forward pass; ``bf16`` is autocast, with float32 masters of what trains."""
 
 
+Offload = Literal["none", "optimizer", "all"]
+"""What is kept in host memory instead of a GPU's."""
+
+OFFLOAD_STAGES = {"none": 0, "optimizer": 1, "all": 3}
+"""What is offloaded to the lowest ZeRO stage that can."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompressConfig:
     """Make an emulator bundle out of a full model."""
@@ -94,16 +101,30 @@ class TrainingConfig:
     """Share of the data held out for these evaluations (at least one sequence)."""
     checkpoint_every: int | None = None
     """Steps between checkpoints; by default a quarter of the run."""
+    keep_best: int = 0
+    """Checkpoints to keep beside the last one: those with the lowest held-out loss."""
+    result: Literal["last", "best"] = "last"
+    """Which state is written: that of the last step, or of the best checkpoint if it is better."""
     seed: int = 0
     """Seed of the data order and of every initialisation."""
     num_workers: int = 0
     """Ray Train workers; 0 trains in this process, without Ray."""
     zero_stage: int = 0
     """DeepSpeed ZeRO stage (0 to 3) of the Ray Train workers."""
+    offload: Offload = "none"
+    """What Ray Train workers keep in host memory: optimizer state, or (stage 3) parameters too."""
     use_gpu: bool | None = None
     """One GPU for each worker; by default if there is one."""
+    max_failures: int = 3
+    """Times that lost Ray Train workers are started again, from the last checkpoint."""
     resume: bool = False
-    """Go on from the last checkpoint of a run that was stopped."""
+    """Go on from the last checkpoint of a run that was stopped, if there is one."""
+    log_dir: str | None = None
+    """Directory for metrics.jsonl and TensorBoard's files; by default nothing is logged."""
+    report_to: tuple[str, ...] = ()
+    """Also report metrics to wandb or mlflow, if installed."""
+    peak_tflops: float | None = None
+    """Peak of one device, for the utilisation; by default known for common GPUs."""
 
     def __post_init__(self) -> None:
         """Check ranges that hold for every training verb; raise :class:`ConfigError`."""
@@ -116,6 +137,9 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1")
+        for name in ("keep_best", "max_failures"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ConfigError(f"weight_decay={self.weight_decay} must be 0 or a positive number")
         if not 0 <= self.seed < 2**32:
@@ -133,6 +157,12 @@ class TrainingConfig:
             raise ConfigError(
                 f"zero_stage={self.zero_stage} needs Ray Train workers; give --num-workers N"
             )
+        if self.offload != "none" and self.zero_stage < OFFLOAD_STAGES[self.offload]:
+            raise ConfigError(
+                f"offload={self.offload} needs zero_stage={OFFLOAD_STAGES[self.offload]} or more"
+            )
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise ConfigError(f"peak_tflops={self.peak_tflops} must be a positive number")
         if self.batch_size % max(1, self.num_workers):
             raise ConfigError(
                 f"batch_size={self.batch_size} cannot be shared equally by "

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,7 +20,9 @@ SETTINGS = (
 """The five settings of the paper and the bound, in the order of every table."""
 
 
-_OWN_BUSINESS = frozenset({"model", "bundle", "data", "out", "resume"})
+_OWN_BUSINESS = frozenset(
+    {"model", "bundle", "data", "out", "resume", "log_dir", "report_to", "max_failures"}
+)
 """Settings that say where things lie, not how something is trained."""
 
 MAIN_METRICS = ("acc", "exact_match", "em", "acc_norm", "f1")
@@ -55,6 +57,10 @@ class StepRecord:
     """Global gradient norm before clipping."""
     tokens_per_s: float | None = None
     """Tokens a second, over all workers."""
+    flops_utilisation: float | None = None
+    """Share of the devices' peak arithmetic that the model's own takes (MFU), from 0 to 1."""
+    peak_memory_bytes: int | None = None
+    """Most memory of worker 0 so far: resident, or on a GPU allocated."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +71,24 @@ class EvalRecord:
     """Steps done before the evaluation."""
     losses: Mapping[str, float]
     """As in :class:`StepRecord`."""
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
+    """What is measured beside the loss: ``drift/5`` is the normalised error behind block 5."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointRecord:
+    """A checkpoint that is written, whole and durable."""
+
+    step: int
+    """Steps done when it was taken."""
+    path: str
+    """Its directory."""
+
+
+Record = RunStart | StepRecord | EvalRecord | CheckpointRecord
+
+Report = Callable[[Record], None]
+"""Told of the start, each step, each evaluation and each checkpoint of a run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +97,8 @@ class TrainingHistory:
 
     steps: tuple[StepRecord, ...] = ()
     evaluations: tuple[EvalRecord, ...] = ()
+    changes: tuple[Mapping[str, Any], ...] = ()
+    """Settings that a resumed run changed: ``{"from_step": 40, "learning_rate": 1e-5, ...}``."""
     seconds: float | None = None
     """Wall time of the steps, evaluations and checkpoints included, start-up not."""
     num_tokens: int | None = None
@@ -85,7 +111,9 @@ class TrainingHistory:
         """Return what :func:`to_plain` made plain."""
         steps = tuple(StepRecord(**record) for record in plain["steps"])
         evaluations = tuple(EvalRecord(**record) for record in plain["evaluations"])
-        return cls(**{**plain, "steps": steps, "evaluations": evaluations})
+        changes = tuple(plain["changes"])
+        own = {"steps": steps, "evaluations": evaluations, "changes": changes}
+        return cls(**{**plain, **own})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -52,7 +52,7 @@ def ray_cluster() -> Iterator[None]:
     """Run a local Ray with three logical CPUs, until the last test is done."""
     import ray
 
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init(num_cpus=3, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
 

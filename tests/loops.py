@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 
 from offsite_ray.config import CompressConfig
 from offsite_ray.emulator import compress
-from offsite_ray.results import EvalRecord, RunStart, StepRecord
+from offsite_ray.results import Record, StepRecord
 from tests.tiny_models import save_tiny
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-Record = RunStart | StepRecord | EvalRecord
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from offsite_ray.config import FinetuneConfig
 from offsite_ray.data import IGNORED, PreparedData
 from offsite_ray.errors import StorageError, TrainingError
 from offsite_ray.finetuning import FinetuneResult, FinetuneTask, finetune
-from offsite_ray.results import EvalRecord, RunStart, StepRecord
+from offsite_ray.results import CheckpointRecord, EvalRecord, Record, RunStart, StepRecord
 from offsite_ray.training import parameter_groups, run_here
 from offsite_ray.training.batches import sum_cross_entropy
 from offsite_ray.training.schedule import schedule
@@ -100,7 +100,7 @@ def test_two_runs_never_share_an_output(loop: Loop, tmp_path: Path) -> None:
     given = config(loop, tmp_path / "out")
     refused: list[str] = []
 
-    def start_another(record: RunStart | StepRecord | EvalRecord) -> None:
+    def start_another(record: Record) -> None:
         if isinstance(record, RunStart):
             with pytest.raises(StorageError, match="another run is writing") as caught:
                 finetune(given, run_here, ignore)
@@ -114,8 +114,8 @@ def test_two_runs_never_share_an_output(loop: Loop, tmp_path: Path) -> None:
 def test_a_checkpoint_of_other_settings_is_refused(loop: Loop, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         finetune(config(loop, tmp_path / "out", checkpoint_every=2), run_here, stop_after(3))
-    other = config(loop, tmp_path / "out", checkpoint_every=2, learning_rate=1e-3, resume=True)
-    with pytest.raises(TrainingError, match=r"learning_rate was 0\.003 and is 0\.001"):
+    other = config(loop, tmp_path / "out", checkpoint_every=2, weight_decay=0.1, resume=True)
+    with pytest.raises(TrainingError, match=r"weight_decay was 0\.0 and is 0\.1"):
         finetune(other, run_here, ignore)
 
 
@@ -128,6 +128,9 @@ def test_a_failed_run_without_checkpoint_leaves_nothing(loop: Loop, tmp_path: Pa
 def test_records_come_in_order(loop: Loop, tmp_path: Path) -> None:
     seen: list[Any] = []
     finetune(config(loop, tmp_path / "out", eval_every=3), run_here, seen.append)
+    written = [record for record in seen if isinstance(record, CheckpointRecord)]
+    assert [record.step for record in written] == [1, 2, 3, 4, 5]
+    seen = [record for record in seen if record not in written]
     kinds = [type(record) for record in seen]
     assert kinds == [
         RunStart,

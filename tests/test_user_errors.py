@@ -364,7 +364,7 @@ def test_a_run_is_resumed_only_as_it_was(
     assert any("checkpoint-" in name for name in before)
     for changed, said in (
         ("", "--resume"),
-        ("--resume --learning-rate 1", "learning_rate was 0.0001 and is 1.0"),
+        ("--resume --weight-decay 1", "weight_decay was 0.0 and is 1.0"),
         ("--resume --method lora", "method was 'full' and is 'lora'"),
         ("--resume --seq-len 8", "seq_len was 16 and is 8"),
     ):

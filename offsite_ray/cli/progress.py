@@ -8,14 +8,14 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.results import EvalRecord, RunStart, StepRecord
+from offsite_ray.results import CheckpointRecord, EvalRecord, Record, RunStart, StepRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from rich.progress import Progress
 
-    Report = Callable[[RunStart | StepRecord | EvalRecord], None]
+    from offsite_ray.results import Report
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -52,11 +52,13 @@ class Lines:
         self._said = clock()
         self._total = 0
 
-    def __call__(self, record: RunStart | StepRecord | EvalRecord) -> None:
+    def __call__(self, record: Record) -> None:
         """Take the next record."""
         if isinstance(record, RunStart):
             self._total = record.total_steps
             tell(_start_line(record))
+            return
+        if isinstance(record, CheckpointRecord):
             return
         held_out = isinstance(record, EvalRecord)
         due = self._clock() - self._said >= SECONDS_BETWEEN_LINES
@@ -79,14 +81,14 @@ class Bar:
         self._progress = progress
         self._task = progress.add_task(name, total=None, loss="", held_out="")
 
-    def __call__(self, record: RunStart | StepRecord | EvalRecord) -> None:
+    def __call__(self, record: Record) -> None:
         """Take the next record."""
-        changes: dict[str, Any]
+        changes: dict[str, Any] = {}
         if isinstance(record, RunStart):
             changes = {"total": record.total_steps, "completed": record.first_step}
         elif isinstance(record, EvalRecord):
             changes = {"held_out": f"held-out {record.losses.get('loss', float('nan')):.4g}"}
-        else:
+        elif isinstance(record, StepRecord):
             loss = f"loss {record.losses.get('loss', float('nan')):.4g}{_speed(record)}"
             changes = {"completed": record.step, "loss": loss}
         self._progress.update(self._task, **changes)

@@ -40,16 +40,18 @@ def _prepare(config: configs.PrepareConfig) -> Outcome:
 
 def _distill(config: configs.DistillConfig) -> Outcome:
     from offsite_ray.distillation import distill
+    from offsite_ray.training.metrics import logged
 
-    with training_progress("distill") as report:
+    with training_progress("distill") as progress, logged(config, progress) as report:
         result = distill(config, _fit(config), report, tell)
     return Outcome(plain=to_plain(result))
 
 
 def _finetune(config: configs.FinetuneConfig) -> Outcome:
     from offsite_ray.finetuning import finetune
+    from offsite_ray.training.metrics import logged
 
-    with training_progress("finetune") as report:
+    with training_progress("finetune") as progress, logged(config, progress) as report:
         result = finetune(config, _fit(config), report, tell)
     return Outcome(plain=to_plain(result))
 

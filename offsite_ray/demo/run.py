@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from offsite_ray.config import DemoConfig
+    from offsite_ray.results import Record, Report
 
 _ROOT = Path(offsite_ray.__file__).resolve().parents[1]
 
@@ -270,20 +271,18 @@ def evaluate_all(demo: Demo) -> EvaluationResult:
     )
 
 
-def training_lines(
-    name: str, tell: Callable[[str], None]
-) -> Callable[[RunStart | StepRecord | EvalRecord], None]:
+def training_lines(name: str, tell: Callable[[str], None]) -> Report:
     """Return a report that tells each evaluation in one line."""
     total = 0
     speed: float | None = None
 
-    def report(record: RunStart | StepRecord | EvalRecord) -> None:
+    def report(record: Record) -> None:
         nonlocal total, speed
         if isinstance(record, RunStart):
             total = record.total_steps
         elif isinstance(record, StepRecord):
             speed = record.tokens_per_s
-        else:
+        elif isinstance(record, EvalRecord):
             losses = ", ".join(f"{key} {value:.3f}" for key, value in record.losses.items())
             rate = f", {speed:,.0f} tokens/s" if speed is not None else ""
             tell(f"    {name} {record.step}/{total}: held-out {losses}{rate}")

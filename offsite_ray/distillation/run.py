@@ -84,7 +84,12 @@ def distill(
         )
         outcome = fit(task, config, run_dir, report)
         history = outcome.history
-        recipe = recipe_of(config, data=task.data.digest, losses=list(task.loss_weights))
+        recipe = recipe_of(
+            config,
+            data=task.data.digest,
+            losses=list(task.loss_weights),
+            changes=history.changes,
+        )
         measured = {
             "distillation_seconds": history.seconds,
             "distillation_peak_memory_bytes": history.peak_memory_bytes,

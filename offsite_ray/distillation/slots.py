@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from offsite_ray.split import SplitPlan
 
-DRIFT = "drift "
+DRIFT = "drift/"
 """Before the index of an emulator block: its error, which is only measured in evaluations."""
 
 

@@ -56,6 +56,11 @@ class DistillTask:
         """Whether the full model is needed in memory."""
         return any(loss.needs_teacher for loss in self._losses.values())
 
+    @property
+    def flops_per_token(self) -> float | None:
+        """Operations of a training step for each token, without recomputation; not known yet."""
+        return None
+
     def build(self, device: torch.device) -> nn.Module:
         """Return the module that is trained; see :func:`distillation_module`."""
         compute = DTYPES[self.config.dtype]

@@ -76,6 +76,11 @@ class FinetuneTask:
         default_factory=lambda: {"lm": "token"}
     )
 
+    @property
+    def flops_per_token(self) -> float | None:
+        """Operations of a training step for each token, without recomputation; not known yet."""
+        return None
+
     def build(self, device: torch.device) -> nn.Module:
         """Return the model with its loss, on ``device``."""
         compute = DTYPES[self.config.dtype]
@@ -165,7 +170,7 @@ def finetune(
         task = _task(config, host, bundle, run_dir, notice)
         outcome = fit(task, config, run_dir, report)
         state = {n.removeprefix(LANGUAGE_MODEL): t for n, t in outcome.state.items()}
-        recipe = recipe_of(config, data=task.data.digest)
+        recipe = recipe_of(config, data=task.data.digest, changes=outcome.history.changes)
         measured = {
             "seconds": outcome.history.seconds,
             "peak_memory_bytes": outcome.history.peak_memory_bytes,

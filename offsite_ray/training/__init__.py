@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training: the loop, its engine in this process, checkpoints. Ray and DeepSpeed are elsewhere."""
 
-from offsite_ray.training.engine import adamw, parameter_groups, run_here
+from offsite_ray.results import Report
+from offsite_ray.training.engine import TorchEngine, adamw, parameter_groups, run_here
 from offsite_ray.training.loop import training_loop
 from offsite_ray.training.modules import (
     LANGUAGE_MODEL,
@@ -11,7 +12,7 @@ from offsite_ray.training.modules import (
     set_dtypes,
 )
 from offsite_ray.training.progress import run_directory
-from offsite_ray.training.protocols import Engine, Fit, Report, TrainingOutcome, TrainingTask
+from offsite_ray.training.protocols import Engine, Fit, TrainingOutcome, TrainingTask
 
 __all__ = [
     "LANGUAGE_MODEL",
@@ -19,6 +20,7 @@ __all__ = [
     "Fit",
     "LanguageModelLoss",
     "Report",
+    "TorchEngine",
     "TrainingOutcome",
     "TrainingTask",
     "adamw",

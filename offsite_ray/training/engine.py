@@ -7,19 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from offsite_ray.bundle import specs, write_file
 from offsite_ray.errors import ConfigError
+from offsite_ray.training.fragments import MOMENTS, PARAMETER, Fragment
 from offsite_ray.training.loop import training_loop
 from offsite_ray.training.protocols import TrainingOutcome
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor, nn
 
     from offsite_ray.config import TrainingConfig
-    from offsite_ray.training.protocols import Batch, Report, TrainingTask
+    from offsite_ray.results import Report
+    from offsite_ray.training.fragments import Read
+    from offsite_ray.training.protocols import Batch, TrainingTask
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -46,6 +48,38 @@ def adamw(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     )
 
 
+def optimizer_fragments(
+    trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> list[Fragment]:
+    """Return parameters and their moments, whole, as fragments on the CPU."""
+    found = []
+    for name, parameter in trained.items():
+        state = optimizer.state.get(parameter, {})
+        kinds = {PARAMETER: parameter.detach(), **{m: state[m] for m in MOMENTS if m in state}}
+        for kind, tensor in kinds.items():
+            found.append(Fragment(kind=kind, name=name, start=0, values=tensor.cpu().flatten()))
+    return found
+
+
+@torch.no_grad()
+def restore_optimizer(
+    trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, read: Read, steps: int
+) -> None:
+    """Set parameters and their moments to what fragments hold."""
+    for name, parameter in trained.items():
+        parameter.copy_(read(PARAMETER, name, 0, parameter.numel()).view_as(parameter))
+        moments = {
+            moment: read(moment, name, 0, parameter.numel()).view_as(parameter).to(parameter.device)
+            for moment in MOMENTS
+        }
+        optimizer.state[parameter] = {"step": steps_done(steps, parameter), **moments}
+
+
+def steps_done(steps: int, like: Tensor) -> Tensor:
+    """Return AdamW's count of steps, where its fused form wants it."""
+    return torch.tensor(float(steps), device=like.device)
+
+
 class TorchEngine:
     """Training in this process, on one device."""
 
@@ -59,10 +93,12 @@ class TorchEngine:
             raise ConfigError("--use-gpu was given and torch sees no GPU here; leave it out")
         self.device = torch.device("cuda" if gpu else "cpu")
         self._module = task.build(self.device)
-        self._trained = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
+        self.trained = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
+        """What trains, by its name in the task's module."""
         self._optimizer = adamw(self._module, config)
         self._max_norm = config.max_grad_norm
         self._bf16 = config.dtype == "bf16"
+        self.copies = self.device.type != "cpu"
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the parts of the loss, summed over the batch."""
@@ -76,7 +112,7 @@ class TorchEngine:
 
     def step(self, learning_rate: float) -> float:
         """Clip and apply the gradient; return its norm before."""
-        norm = torch.nn.utils.clip_grad_norm_(list(self._trained.values()), self._max_norm)
+        norm = torch.nn.utils.clip_grad_norm_(list(self.trained.values()), self._max_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
@@ -87,24 +123,17 @@ class TorchEngine:
         """Return the values: there is one worker."""
         return list(values)
 
-    def save(self, directory: Path) -> None:
-        """Write trained parameters and optimizer state."""
-        write_file(directory / "trained.safetensors", specs(self._trained))
-        torch.save(self._optimizer.state_dict(), directory / "optimizer.pt")
+    def fragments(self) -> list[Fragment]:
+        """Return every trained parameter and its moments; on the CPU they are the live ones."""
+        return optimizer_fragments(self.trained, self._optimizer)
 
-    def load(self, directory: Path) -> None:
-        """Read what :meth:`save` wrote."""
-        from safetensors.torch import load_file
-
-        for name, tensor in load_file(directory / "trained.safetensors").items():
-            self._trained[name].data.copy_(tensor)
-        self._optimizer.load_state_dict(
-            torch.load(directory / "optimizer.pt", weights_only=True, map_location=self.device)
-        )
+    def restore(self, read: Read, steps: int) -> None:
+        """Go on from fragments, whoever wrote them, with ``steps`` done."""
+        restore_optimizer(self.trained, self._optimizer, read, steps)
 
     def gather(self) -> dict[str, Tensor]:
         """Return what was trained."""
-        return {name: p.detach().float().cpu() for name, p in self._trained.items()}
+        return {name: p.detach().float().cpu() for name, p in self.trained.items()}
 
 
 def run_here(

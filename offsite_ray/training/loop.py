@@ -20,6 +20,7 @@ import torch
 from offsite_ray.errors import DivergedError
 from offsite_ray.results import EvalRecord, RunStart, StepRecord, TrainingHistory
 from offsite_ray.training.batches import collate, num_targets
+from offsite_ray.training.devices import peak_memory, peak_tflops
 from offsite_ray.training.progress import Progress, identity_of
 from offsite_ray.training.schedule import Schedule, schedule
 
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from torch import Tensor
+
     from offsite_ray.config import TrainingConfig
-    from offsite_ray.training.protocols import Engine, Report, TokenDataset, TrainingTask
+    from offsite_ray.results import Report
+    from offsite_ray.training.protocols import Engine, TokenDataset, TrainingTask
 
 _MAX_EVAL_ROWS = 256
 """Held-out sequences of an evaluation, at most."""
@@ -39,14 +43,18 @@ def training_loop(
 ) -> TrainingHistory:
     """Train; called by every worker with the same arguments and its own engine.
 
+    Goes on from the last checkpoint in ``run_dir``, if there is one.
+
     Raises:
         DivergedError: The loss is not a number.
-        ResumeError: A checkpoint is of another run.
+        ResumeError: A checkpoint is of another run, or damaged.
+        StorageError: A checkpoint cannot be written.
     """
     train, held_out = task.datasets()
     plan = schedule(config, len(train))
-    progress = Progress(run_dir, engine, report, identity_of(task, config, plan))
-    first = progress.resume() if config.resume else 0
+    identity = identity_of(task, config, plan)
+    progress = Progress(run_dir, engine, report, identity, _num_best(config))
+    first = progress.resume()
     report(
         RunStart(
             total_steps=plan.total_steps,
@@ -56,18 +64,33 @@ def training_loop(
         )
     )
     start = time.perf_counter()
-    if first == 0:
-        progress.add(EvalRecord(step=0, losses=evaluate_loss(task, engine, config, held_out)))
-    for step in range(first, plan.total_steps):
-        progress.add(train_step(task, engine, config, plan, train, step))
-        done = step + 1
-        if done % plan.eval_every == 0 or done == plan.total_steps:
-            losses = evaluate_loss(task, engine, config, held_out)
-            progress.add(EvalRecord(step=done, losses=losses))
-        if done % plan.checkpoint_every == 0 and done < plan.total_steps:
-            progress.checkpoint(done, time.perf_counter() - start)
+    try:
+        if first == 0:
+            progress.add(evaluate_loss(task, engine, config, held_out, 0))
+        for step in range(first, plan.total_steps):
+            progress.add(train_step(task, engine, config, plan, train, step, progress))
+            done = step + 1
+            if plan.evaluates(done):
+                progress.add(evaluate_loss(task, engine, config, held_out, done))
+            if plan.checkpoints(done):
+                progress.checkpoint(done, time.perf_counter() - start)
+        progress.finish()
+    except DivergedError:  # on every worker at once
+        progress.finish()
+        raise
+    except BaseException:
+        progress.stop()
+        raise
+    if config.result == "best":
+        best = progress.best(progress.evaluations[-1].losses["loss"])
+        if best is not None:
+            progress.load(best)
     tokens = len(progress.steps) * plan.batch_size * train[0]["input_ids"].numel()
     return replace(progress.history(time.perf_counter() - start), num_tokens=tokens)
+
+
+def _num_best(config: TrainingConfig) -> int:
+    return max(config.keep_best, 1 if config.result == "best" else 0)
 
 
 def train_step(
@@ -77,14 +100,20 @@ def train_step(
     plan: Schedule,
     train: TokenDataset,
     step: int,
+    progress: Progress | None = None,
 ) -> StepRecord:
-    """Do one optimizer step over the global batch of ``step``."""
+    """Do one optimizer step over the global batch of ``step``.
+
+    Raises:
+        DivergedError: Its loss is not a number; the weights are those before it.
+        StorageError: A worker could not write its part of a checkpoint meanwhile.
+    """
     start = time.perf_counter()
-    batch = [train[row] for row in plan.rows(step)]
-    counts = {"token": max(1, num_targets(batch)), "sequence": len(batch)}
-    own = batch[engine.rank :: engine.world_size]
+    own = [train[row] for row in plan.rows(step)[engine.rank :: engine.world_size]]
+    tokens, sequences = engine.reduce([num_targets(own), len(own)])
+    counts = {"token": max(1.0, tokens), "sequence": sequences}
     size = config.micro_batch_size or len(own)
-    sums = dict.fromkeys(task.loss_weights, 0.0)
+    sums: dict[str, Tensor | float] = dict.fromkeys(task.loss_weights, 0.0)
     for begin in range(0, len(own), size):
         parts = engine.forward(collate(own[begin : begin + size], engine.device))
         loss = sum(
@@ -93,67 +122,86 @@ def train_step(
         )
         engine.backward(loss)  # type: ignore[arg-type]
         for name in sums:
-            sums[name] += float(parts[name].detach())
-    losses = _mean_losses(task, engine, sums, counts)
+            # Stays on the device: a GPU is only waited for once a step.
+            sums[name] = sums[name] + parts[name].detach().double()
+    *totals, failed = engine.reduce(
+        [*map(float, sums.values()), progress.failed if progress else 0]
+    )
+    if progress is not None and failed:
+        progress.raise_failure()
+    losses = _mean_losses(task, dict(zip(sums, totals, strict=True)), counts)
     check_finite(f"the loss of step {step + 1}", losses)
     rate = plan.learning_rate(step)
     norm = engine.step(rate)
-    tokens = sum(row["input_ids"].numel() for row in batch)
+    seconds = time.perf_counter() - start
+    num_tokens = plan.batch_size * own[0]["input_ids"].numel()
     return StepRecord(
         step=step + 1,
         losses=losses,
         learning_rate=rate,
         grad_norm=norm,
-        tokens_per_s=tokens / (time.perf_counter() - start),
+        tokens_per_s=num_tokens / seconds,
+        flops_utilisation=utilisation(task, config, engine, num_tokens / seconds),
+        peak_memory_bytes=peak_memory(engine.device),
     )
 
 
 @torch.no_grad()
 def evaluate_loss(
-    task: TrainingTask, engine: Engine, config: TrainingConfig, held_out: TokenDataset
-) -> dict[str, float]:
+    task: TrainingTask, engine: Engine, config: TrainingConfig, held_out: TokenDataset, step: int
+) -> EvalRecord:
     """Return the mean losses on held-out rows, which the workers share.
 
-    Every worker does the same number of forward passes, as ZeRO-3 needs; one without a row left
-    takes the first and counts it as nothing.
+    Every worker does the same forward passes on batches of the same shape, as ZeRO-3 needs: a
+    worker without a last row takes the first and counts it as nothing.
     """
     rows = range(min(len(held_out), _MAX_EVAL_ROWS))
     own = list(rows)[engine.rank :: engine.world_size]
-    most = math.ceil(len(rows) / engine.world_size)
+    whole = len(rows) // engine.world_size
     size = config.micro_batch_size or max(1, config.batch_size // engine.world_size)
-    sums = dict.fromkeys(task.loss_weights, 0.0)
+    batches = [own[begin : min(begin + size, whole)] for begin in range(0, whole, size)]
+    if len(rows) % engine.world_size:
+        batches.append(own[whole:])
+    sums: dict[str, float] = {}
     tokens = sequences = 0
-    for begin in range(0, most, size):
-        chosen = [held_out[row] for row in own[begin : begin + size]]
+    for chosen in ([held_out[row] for row in batch] for batch in batches):
         parts = engine.forward(collate(chosen or [held_out[0]], engine.device))
-        if not chosen:
-            continue
         tokens += num_targets(chosen)
         sequences += len(chosen)
-        for name in sums:
-            sums[name] += float(parts[name])
-    tokens, sequences = (int(n) for n in engine.reduce([tokens, sequences]))
-    counts = {"token": max(1, tokens), "sequence": max(1, sequences)}
-    losses = _mean_losses(task, engine, sums, counts)
+        for name, part in parts.items():
+            sums[name] = sums.get(name, 0.0) + (float(part) if chosen else 0.0)
+    names = sorted(sums)
+    totals = engine.reduce([tokens, sequences, *(sums[name] for name in names)])
+    counts = {"token": max(1.0, totals[0]), "sequence": max(1.0, totals[1])}
+    found = dict(zip(names, totals[2:], strict=True))
+    losses = _mean_losses(task, found, counts)
     check_finite("the held-out loss", losses)
-    return losses
+    beside = {n: total / counts["sequence"] for n, total in found.items() if n not in losses}
+    return EvalRecord(step=step, losses=losses, diagnostics=beside)
 
 
 def check_finite(what: str, losses: Mapping[str, float]) -> None:
     """Refuse to go on with a loss that is not a number; raise :class:`DivergedError`."""
     if not math.isfinite(losses["loss"]):
         raise DivergedError(
-            f"{what} is {losses['loss']}; try a lower --learning-rate, or --dtype fp32"
+            f"{what} is {losses['loss']}; try a lower --learning-rate (with --resume from the "
+            "last checkpoint, if there is one), or --dtype fp32"
         )
 
 
+def utilisation(
+    task: TrainingTask, config: TrainingConfig, engine: Engine, tokens_per_s: float
+) -> float | None:
+    """Return the share of the devices' peak that the model's own arithmetic takes, if known."""
+    peak = config.peak_tflops or peak_tflops(engine.device)
+    flops = task.flops_per_token
+    if peak is None or flops is None:
+        return None
+    return flops * tokens_per_s / (peak * 1e12 * engine.world_size)
+
+
 def _mean_losses(
-    task: TrainingTask, engine: Engine, sums: Mapping[str, float], counts: Mapping[str, int]
+    task: TrainingTask, totals: Mapping[str, float], counts: Mapping[str, float]
 ) -> dict[str, float]:
-    names = list(task.loss_weights)
-    totals = engine.reduce([sums[name] for name in names])
-    means = {
-        name: total / counts[task.loss_units[name]]
-        for name, total in zip(names, totals, strict=True)
-    }
-    return {**means, "loss": sum(task.loss_weights[name] * means[name] for name in names)}
+    means = {name: totals[name] / counts[task.loss_units[name]] for name in task.loss_weights}
+    return {**means, "loss": sum(task.loss_weights[name] * means[name] for name in means)}

@@ -8,33 +8,52 @@ import errno
 import fcntl
 import json
 import os
-import resource
 import shutil
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from offsite_ray.bundle import made_parent, storage_error
-from offsite_ray.errors import DivergedError, ResumeError, StorageError
-from offsite_ray.results import EvalRecord, StepRecord, TrainingHistory, to_plain
+from offsite_ray.errors import BundleError, ResumeError, StorageError
+from offsite_ray.results import CheckpointRecord, EvalRecord, StepRecord, TrainingHistory, to_plain
+from offsite_ray.training.checkpoints import (
+    Checkpoint,
+    CheckpointWriter,
+    checkpoints,
+    remove_partial,
+)
+from offsite_ray.training.devices import peak_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from offsite_ray.config import TrainingConfig
-    from offsite_ray.training.protocols import Engine, Report, TrainingTask
+    from offsite_ray.results import Report
+    from offsite_ray.training.protocols import Engine, TrainingTask
     from offsite_ray.training.schedule import Schedule
 
-_STATE = "state.json"
-
-_TORCH_WRITER = "inline_container"
-"""What torch names in place of the reason, where the file system takes no more of a file."""
-
-_FREE_TO_CHANGE = frozenset(
-    {"resume", "num_workers", "micro_batch_size", "use_gpu", "out", "checkpoint_every"}
+FREE_TO_CHANGE = frozenset(
+    {
+        "checkpoint_every",
+        "compile",
+        "keep_best",
+        "log_dir",
+        "max_failures",
+        "micro_batch_size",
+        "num_workers",
+        "offload",
+        "out",
+        "peak_tflops",
+        "report_to",
+        "result",
+        "resume",
+        "use_gpu",
+        "zero_stage",
+    }
 )
-"""Settings with which a resumed run may differ from the one that was stopped."""
+"""Settings with which a resumed run may differ from the one that was stopped, without a trace."""
+
+TO_BE_TOLD = ("learning_rate", "max_grad_norm")
+"""Settings that a resumed run may change too, e.g. after it diverged; the recipe says so."""
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system answers that has no locks."""
@@ -42,26 +61,41 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 def identity_of(task: TrainingTask, config: TrainingConfig, plan: Schedule) -> dict[str, Any]:
     """Return what two runs must have in common for one to go on with the other's checkpoint."""
-    given = {k: v for k, v in to_plain(config).items() if k not in _FREE_TO_CHANGE}
-    plain = {"task": task.fingerprint(), "config": given, "total_steps": plan.total_steps}
+    given = {k: v for k, v in to_plain(config).items() if k not in FREE_TO_CHANGE}
+    told = {name: given.pop(name) for name in TO_BE_TOLD}
+    plain = {
+        "task": task.fingerprint(),
+        "config": given,
+        "told": told,
+        "total_steps": plan.total_steps,
+    }
     same: dict[str, Any] = json.loads(json.dumps(plain))
     return same
 
 
 class Progress:
-    """The records of a run and its checkpoints, of which only the latest is kept."""
+    """The records of a run and its checkpoints."""
 
     def __init__(
-        self, run_dir: Path, engine: Engine, report: Report, identity: Mapping[str, Any]
+        self,
+        run_dir: Path,
+        engine: Engine,
+        report: Report,
+        identity: Mapping[str, Any],
+        keep_best: int,
     ) -> None:
         """Start with no record."""
         self._run_dir = run_dir
         self._engine = engine
         self._report = report
         self._identity = identity
+        self._writer = CheckpointWriter(run_dir, engine.rank, engine.world_size, keep_best)
+        self._told = 0
+        self._changes: list[dict[str, Any]] = []
         self.steps: list[StepRecord] = []
         """Every step of the run so far, those before a resume too."""
-        self._evaluations: list[EvalRecord] = []
+        self.evaluations: list[EvalRecord] = []
+        """Every evaluation so far."""
         self._seconds = 0.0
 
     def add(self, record: StepRecord | EvalRecord) -> None:
@@ -69,108 +103,135 @@ class Progress:
         if isinstance(record, StepRecord):
             self.steps.append(record)
         else:
-            self._evaluations.append(record)
+            self.evaluations.append(record)
         self._report(record)
+        if self._writer.published > self._told:
+            self._told = self._writer.published
+            path = self._run_dir / f"checkpoint-{self._told:08}"
+            self._report(CheckpointRecord(step=self._told, path=str(path)))
 
     def history(self, seconds: float) -> TrainingHistory:
         """Return everything so far; ``seconds`` since this process began."""
         return TrainingHistory(
             steps=tuple(self.steps),
-            evaluations=tuple(self._evaluations),
+            evaluations=tuple(self.evaluations),
+            changes=tuple(self._changes),
             seconds=self._seconds + seconds,
             peak_memory_bytes=peak_memory(self._engine.device),
         )
 
+    @property
+    def failed(self) -> float:
+        """1 where this worker could not write its part of a checkpoint, else 0; to be summed."""
+        return float(self._writer.error is not None)
+
+    def raise_failure(self) -> None:
+        """Raise what kept a worker from writing a checkpoint, as :class:`StorageError`."""
+        self._writer.stop()
+        raise self._writer.error or StorageError(
+            f"a worker could not write its part of a checkpoint to {self._run_dir}; make room, "
+            "and go on with --resume"
+        )
+
     def checkpoint(self, step: int, seconds: float) -> None:
-        """Write a checkpoint and remove the one before.
+        """Begin to write a checkpoint, which counts when all of it is there.
 
         Raises:
-            StorageError: It cannot be written; the one before stays.
+            StorageError: This one (or the one before) cannot be written; older ones stay.
         """
-        partial = self._run_dir / f"partial-{step:08}"
-        try:
-            self._checkpoint(partial, step, seconds)
-        except (OSError, RuntimeError) as error:
-            if not isinstance(error, OSError) and _TORCH_WRITER not in str(error):
-                raise
-            shutil.rmtree(partial, ignore_errors=True)
-            reason = getattr(error, "strerror", None) or "No space left on device"
-            raise StorageError(
-                f"the checkpoint of step {step} cannot be written to {self._run_dir}: {reason}"
-            ) from error
+        measured = [e for e in self.evaluations if e.step == step]
+        state = {
+            "step": step,
+            "score": measured[-1].losses["loss"] if measured else None,
+            "identity": self._identity,
+            "history": to_plain(self.history(seconds)),
+        }
+        self._settle()
+        self._writer.start(step, self._engine.fragments(), state)
+        if not self._engine.copies:
+            self._settle()
 
-    def _checkpoint(self, partial: Path, step: int, seconds: float) -> None:
-        target = self._run_dir / f"checkpoint-{step:08}"
-        if self._engine.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self._engine.reduce([0.0])  # a barrier: the directory is there
-        self._engine.save(partial)
-        self._engine.reduce([0.0])  # a barrier: every worker has written
-        if self._engine.rank == 0:
-            state = {
-                "step": step,
-                "world_size": self._engine.world_size,
-                "identity": self._identity,
-                "history": to_plain(self.history(seconds)),
-            }
-            (partial / _STATE).write_text(json.dumps(state), encoding="utf-8")
-            old = sorted(self._run_dir.glob("checkpoint-*"))
-            partial.rename(target)
-            for directory in old:
-                if directory != target:
-                    shutil.rmtree(directory, ignore_errors=True)
-        self._engine.reduce([0.0])  # a barrier: nobody goes on before it counts
+    def finish(self) -> None:
+        """Wait for the last checkpoint; raise as :meth:`checkpoint` does."""
+        self._settle()
+
+    def _settle(self) -> None:
+        self._writer.wait_written()
+        if any(self._engine.reduce([self.failed])):
+            self.raise_failure()
+        self._writer.join()
+
+    def stop(self) -> None:
+        """Wait for what this process is writing; other workers may be gone."""
+        self._writer.stop()
 
     def resume(self) -> int:
         """Load the latest checkpoint; return its step, or 0 where there is none.
 
         Raises:
-            ResumeError: It is of another run, or of another number of workers.
+            ResumeError: It is of another run, or damaged.
         """
-        found = sorted(self._run_dir.glob("checkpoint-*"))
+        if self._engine.rank == 0:
+            remove_partial(self._run_dir)
+        self._engine.reduce([0.0])  # a barrier: nothing is removed later
+        found = checkpoints(self._run_dir)
         if not found:
             return 0
-        state = json.loads((found[-1] / _STATE).read_text(encoding="utf-8"))
-        if state["identity"] != self._identity:
+        state = found[-1].state()
+        if problem := _changed(state["identity"], self._identity):
             raise ResumeError(
-                f"{found[-1]} is of a run with other settings: {_changed(state, self._identity)}; "
+                f"{found[-1].path} is of a run with other settings: {problem}; "
                 f"resume with the same, or remove {self._run_dir} to start anew"
             )
-        if state["world_size"] != self._engine.world_size:
-            raise ResumeError(
-                f"{found[-1]} was written by {state['world_size']} workers, and its optimizer "
-                f"state is cut to that; resume with --num-workers {state['world_size']}"
-            )
-        self._engine.load(found[-1])
+        self.load(found[-1])
         history = TrainingHistory.from_plain(state["history"])
-        self.steps, self._evaluations = list(history.steps), list(history.evaluations)
+        self.steps, self.evaluations = list(history.steps), list(history.evaluations)
+        self._changes = [dict(change) for change in history.changes]
+        before, now = state["identity"]["told"], self._identity["told"]
+        if before != now:
+            self._changes.append({"from_step": found[-1].step, **now})
         self._seconds = history.seconds or 0.0
-        return int(state["step"])
+        self._told = self._writer.published = found[-1].step
+        return found[-1].step
+
+    def best(self, last_loss: float) -> Checkpoint | None:
+        """Return the checkpoint with the lowest held-out loss, if it is below ``last_loss``."""
+        scored = [c for c in checkpoints(self._run_dir) if c.score is not None]
+        best = min(scored, key=lambda c: (c.score, -c.step), default=None)
+        return best if best is not None and (best.score or 0.0) < last_loss else None
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Put the engine where a checkpoint was written.
+
+        Raises:
+            ResumeError: The checkpoint is damaged.
+        """
+        try:
+            self._engine.restore(checkpoint.open().read, checkpoint.step)
+        except (OSError, BundleError) as error:
+            raise ResumeError(
+                f"{checkpoint.path} is damaged: {error}; remove it, and --resume goes on from the "
+                "one before, or from the beginning"
+            ) from error
 
 
-def _changed(state: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
-    """Return the first setting in which a checkpoint differs, in words."""
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """Return the first setting in which a checkpoint differs, in words; None: in none."""
     for part in ("config", "task"):
-        before, after = state["identity"].get(part, {}), identity[part]
+        before, after = old.get(part, {}), new[part]
         for key in sorted({*before, *after}):
             if before.get(key) != after.get(key):
                 return f"{key} was {before.get(key)!r} and is {after.get(key)!r}"
-    return f"{state['identity'].get('total_steps')} steps and now {identity['total_steps']}"
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the most bytes in use so far: allocated on a GPU, resident in this process else."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if old.get("total_steps") != new["total_steps"]:
+        return f"{old.get('total_steps')} steps and now {new['total_steps']}"
+    return None
 
 
 @contextlib.contextmanager
 def run_directory(out: Path, resume: bool) -> Iterator[Path]:
     """Yield where a run keeps its data and checkpoints, beside its result.
 
-    Removed on success, and where a run diverges or fails before its first checkpoint.
+    Removed on success, and where a run fails before its first checkpoint.
 
     Raises:
         StorageError: One is left by a run that was stopped, and ``resume`` is not asked for; or
@@ -194,8 +255,8 @@ def run_directory(out: Path, resume: bool) -> Iterator[Path]:
                 _empty(run_dir)
             try:
                 yield run_dir
-            except BaseException as error:
-                if isinstance(error, DivergedError) or not any(run_dir.glob("checkpoint-*")):
+            except BaseException:
+                if not any(run_dir.glob("checkpoint-*")):
                     shutil.rmtree(run_dir, ignore_errors=True)
                 raise
             shutil.rmtree(run_dir, ignore_errors=True)

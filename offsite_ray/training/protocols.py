@@ -8,16 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from offsite_ray.results import EvalRecord, RunStart, StepRecord, TrainingHistory
+from offsite_ray.results import Report, TrainingHistory
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
     from offsite_ray.config import TrainingConfig
-
-Report = Callable[[RunStart | StepRecord | EvalRecord], None]
-"""Told of the start, each step and each evaluation."""
+    from offsite_ray.training.fragments import Fragment, Read
 
 Batch = dict[str, "Tensor"]
 
@@ -47,8 +45,16 @@ class TrainingTask(Protocol):
         """Part of the loss to what its sum is divided by."""
         ...
 
+    @property
+    def flops_per_token(self) -> float | None:
+        """Operations of a training step for each token, without recomputation, if known."""
+        ...
+
     def build(self, device: torch.device) -> nn.Module:
-        """Return the module; ``forward(**batch)`` gives each part of the loss, summed."""
+        """Return the module; ``forward(**batch)`` gives each part of the loss, summed.
+
+        Without gradients it may give more parts: errors to be reported, summed over sequences.
+        """
         ...
 
     def datasets(self) -> tuple[TokenDataset, TokenDataset]:
@@ -66,6 +72,8 @@ class Engine(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    copies: bool
+    """Whether :meth:`fragments` are copies, which training does not change."""
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the parts of the loss, summed over the batch."""
@@ -83,16 +91,12 @@ class Engine(Protocol):
         """Return the sums over all workers."""
         ...
 
-    def save(self, directory: Path) -> None:
-        """Write everything that training goes on from; called by every worker."""
+    def fragments(self) -> list[Fragment]:
+        """Return this worker's part of everything that training goes on from."""
         ...
 
-    def load(self, directory: Path) -> None:
-        """Read what :meth:`save` wrote."""
-        ...
-
-    def gather(self) -> dict[str, Tensor]:
-        """Return what was trained, whole, float32, on the CPU, by parameter name."""
+    def restore(self, read: Read, steps: int) -> None:
+        """Go on from fragments, whoever wrote them, with ``steps`` done."""
         ...
 
 

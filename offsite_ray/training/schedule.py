@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,6 +28,8 @@ class Schedule:
     num_rows: int
     seed: int
     peak_learning_rate: float
+    scores_checkpoints: bool
+    """Whether every checkpoint is evaluated, so that the best can be told."""
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of step 0, 1, ...: linear warm-up, then a cosine to zero."""
@@ -40,12 +43,23 @@ class Schedule:
         first = step * self.batch_size
         places = range(first, first + self.batch_size)
         epochs = {place // self.num_rows for place in places}
-        orders = {epoch: self._order(epoch) for epoch in epochs}
+        orders = {epoch: _order(self.seed, epoch, self.num_rows) for epoch in epochs}
         return [int(orders[p // self.num_rows][p % self.num_rows]) for p in places]
 
-    def _order(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(self.num_rows, generator=generator)
+    def evaluates(self, done: int) -> bool:
+        """Return whether there is an evaluation when ``done`` steps are."""
+        scored = self.scores_checkpoints and self.checkpoints(done)
+        return scored or done % self.eval_every == 0 or done == self.total_steps
+
+    def checkpoints(self, done: int) -> bool:
+        """Return whether there is a checkpoint when ``done`` steps are."""
+        return done % self.checkpoint_every == 0 and done < self.total_steps
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, num_rows: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(num_rows, generator=generator)
 
 
 def schedule(config: TrainingConfig, num_rows: int) -> Schedule:
@@ -60,4 +74,5 @@ def schedule(config: TrainingConfig, num_rows: int) -> Schedule:
         num_rows=num_rows,
         seed=config.seed,
         peak_learning_rate=config.learning_rate,
+        scores_checkpoints=config.keep_best > 0 or config.result == "best",
     )

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training on Ray Train with DeepSpeed ZeRO: the same loop, another engine.
+
+Every worker builds the task's module (under ZeRO-3 each weight is cut up as soon as it is read, so
+no worker holds the whole model), and the loop runs as in one process. Checkpoints and the result go
+to the run's directory, which all workers must see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from offsite_ray.cluster import check_room, embedded_ray
+from offsite_ray.errors import OffsiteError, TrainingError
+from offsite_ray.results import CheckpointRecord, EvalRecord, RunStart, StepRecord
+from offsite_ray.train.worker import RECORDS, raise_final, read_result, worker
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from offsite_ray.config import TrainingConfig
+    from offsite_ray.training import Report, TrainingOutcome, TrainingTask
+
+_POLL_SECONDS = 0.5
+
+_RECORD_TYPES = {cls.__name__: cls for cls in (RunStart, StepRecord, EvalRecord, CheckpointRecord)}
+
+
+def run_on_ray(
+    task: TrainingTask, config: TrainingConfig, run_dir: Path, report: Report
+) -> TrainingOutcome:
+    """Run a task on Ray Train workers, in the cluster at hand or in one of this process.
+
+    Args:
+        task: What to train.
+        config: ``num_workers``, ``zero_stage`` and ``use_gpu`` say where.
+        run_dir: Directory that every worker sees, e.g. on shared storage.
+        report: Told of the records of worker 0 as they come.
+
+    Raises:
+        ConfigError: The cluster cannot hold the workers.
+        TrainingError: They failed.
+    """
+    run_dir = run_dir.resolve()
+    (run_dir / RECORDS).unlink(missing_ok=True)
+    with embedded_ray(config.num_workers), following(run_dir / RECORDS, report):
+        gpu = _use_gpu(config)
+        check_room(config.num_workers, gpu=gpu)
+        for attempt in range(config.max_failures + 1):
+            try:
+                raise_final(_fit(task, config, run_dir, gpu=gpu))
+                break
+            except OffsiteError:
+                raise
+            except Exception as error:
+                if not _lost_controller(error) or attempt == config.max_failures:
+                    raise _worker_error(error) from error
+    return read_result(run_dir)
+
+
+def _fit(
+    task: TrainingTask, config: TrainingConfig, run_dir: Path, *, gpu: bool
+) -> list[str] | None:
+    """Run the workers to their end; return what worker 0 does.
+
+    Ray Train starts lost workers again; they go on from the last checkpoint in the run's directory.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    trainer = TorchTrainer(
+        worker,  # type: ignore[arg-type]  # what it returns is Result.return_value
+        train_loop_config={"task": task, "config": config, "run_dir": str(run_dir)},
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=gpu),
+        run_config=RunConfig(  # type: ignore[call-arg]  # typed as the one before V2
+            # Ray goes on with a run of the same name on its own; here the run's directory decides.
+            name=uuid.uuid4().hex,
+            storage_path=str(run_dir / "ray"),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            worker_runtime_env={"env_vars": _worker_env(config.num_workers, gpu=gpu)},
+        ),
+    )
+    told: list[str] | None = trainer.fit().return_value  # type: ignore[attr-defined]
+    return told
+
+
+def _lost_controller(error: Exception) -> bool:
+    """Return whether Ray Train's own actor died, which nothing in Ray starts again."""
+    from ray.exceptions import RayActorError
+
+    return isinstance(error, RayActorError)
+
+
+def _use_gpu(config: TrainingConfig) -> bool:
+    import ray
+
+    return ray.cluster_resources().get("GPU", 0) > 0 if config.use_gpu is None else config.use_gpu
+
+
+def _worker_env(num_workers: int, *, gpu: bool) -> dict[str, str]:
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // num_workers))
+    common = {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        "TOKENIZERS_PARALLELISM": "false",
+        # DeepSpeed compiles with ninja, which lies beside the interpreter.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
+    return common if gpu else {**common, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": threads}
+
+
+def _worker_error(error: Exception) -> OffsiteError:
+    """Return what failed on a worker as one line, without Ray's frame around it."""
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    first: BaseException = next(iter(failures.values()))
+    while not isinstance(first, OffsiteError) and first.__cause__ is not None:
+        first = first.__cause__
+    if isinstance(first, OffsiteError):
+        return first
+    lines = (str(first).strip() or type(first).__name__).splitlines()
+    if type(first).__name__ == "ActorDiedError":
+        lines = [
+            "workers died more often than --max-failures allows, out of memory or killed; --resume "
+            "goes on from the last checkpoint"
+        ]
+    return TrainingError(f"training on Ray failed: {lines[-1][:500]}")
+
+
+@contextlib.contextmanager
+def following(records: Path, report: Report) -> Iterator[None]:
+    """Report what worker 0 appends to a file, while the block runs and once at its end."""
+    ended = threading.Event()
+    position = 0
+
+    def read() -> None:
+        nonlocal position
+        if not records.exists():
+            return
+        with records.open("rb") as lines:
+            lines.seek(position)
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break
+                position += len(line)
+                kind, values = json.loads(line)
+                report(_RECORD_TYPES[kind](**values))
+
+    def follow() -> None:
+        while not ended.wait(_POLL_SECONDS):
+            read()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        read()

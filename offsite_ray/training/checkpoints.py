@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of a run: written beside training, published whole, the best and the last kept.
+
+Each worker copies what it holds and goes on; a thread writes the copy to the run's directory. When
+every worker's file is there, worker 0 gives the checkpoint its name. Until then it does not exist:
+a process that is killed meanwhile leaves a ``partial-`` directory that nobody reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from offsite_ray.bundle import digest_file
+from offsite_ray.errors import IntegrityError, ResumeError, StorageError
+from offsite_ray.training.fragments import Fragment, FragmentReader, write_fragments
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+STATE = "state.json"
+_POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A checkpoint that was published."""
+
+    path: Path
+    step: int
+    """Steps done."""
+    score: float | None
+    """Held-out loss at this step; None where it was not measured."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what worker 0 wrote beside the fragments."""
+        found: dict[str, Any] = json.loads((self.path / STATE).read_text(encoding="utf-8"))
+        return found
+
+    def open(self) -> FragmentReader:
+        """Return the fragments, every file verified.
+
+        Raises:
+            IntegrityError: A file is missing, truncated or altered.
+        """
+        files = self.state()["files"]
+        for name, digest in files.items():
+            path = self.path / name
+            if not path.is_file() or digest_file(path) != digest:
+                raise IntegrityError(f"{path} is missing or was altered")
+        return FragmentReader([self.path / name for name in sorted(files)])
+
+
+def checkpoints(run_dir: Path) -> list[Checkpoint]:
+    """Return what is published in a run's directory, in the order of steps.
+
+    Raises:
+        ResumeError: One does not say what it is.
+    """
+    found = []
+    for path in sorted(run_dir.glob("checkpoint-*")):
+        try:
+            state = json.loads((path / STATE).read_text(encoding="utf-8"))
+            found.append(Checkpoint(path=path, step=int(state["step"]), score=state["score"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ResumeError(
+                f"{path} is damaged ({STATE}: {error}); remove it, and --resume goes on from the "
+                "one before, or from the beginning"
+            ) from error
+    return found
+
+
+def superfluous(published: Sequence[Checkpoint], keep_best: int) -> list[Checkpoint]:
+    """Return the checkpoints that are neither the last nor among the ``keep_best`` best."""
+    scored = sorted((c for c in published if c.score is not None), key=lambda c: (c.score, -c.step))
+    kept = {c.step for c in (*scored[:keep_best], *published[-1:])}
+    return [c for c in published if c.step not in kept]
+
+
+class CheckpointWriter:
+    """Writes one worker's part of checkpoints, one at a time, beside training."""
+
+    def __init__(self, run_dir: Path, rank: int, world_size: int, keep_best: int) -> None:
+        """Start with nothing to write."""
+        self._run_dir = run_dir
+        self._rank, self._world_size = rank, world_size
+        self._keep_best = keep_best
+        self._thread: threading.Thread | None = None
+        self._stopped = threading.Event()
+        self._written = threading.Event()
+        self._written.set()
+        self.error: StorageError | None = None
+        """Why the last one could not be written."""
+        self.published = 0
+        """Steps of the last one that this process published; 0: none."""
+
+    def start(self, step: int, fragments: Sequence[Fragment], state: Mapping[str, Any]) -> None:
+        """Begin to write a checkpoint; the one before is written.
+
+        Args:
+            step: Steps done.
+            fragments: This worker's, which nobody changes until they are written.
+            state: What worker 0 writes beside them.
+        """
+        self._written.clear()
+        self._thread = threading.Thread(
+            target=self._write, args=(step, fragments, state), daemon=True
+        )
+        self._thread.start()
+
+    def wait_written(self) -> None:
+        """Wait until this worker's own part is written, or has failed."""
+        self._written.wait()
+
+    def join(self) -> None:
+        """Wait until the checkpoint is published; every worker has written its part."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def stop(self) -> None:
+        """Wait for no other worker any longer: one of them has failed."""
+        self._stopped.set()
+        self.join()
+
+    def _write(self, step: int, fragments: Sequence[Fragment], state: Mapping[str, Any]) -> None:
+        partial = self._run_dir / f"partial-{step:08}"
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            name = f"worker-{self._rank:05}.safetensors"
+            digest = write_fragments(partial / name, fragments)
+            _sync(partial / name)
+            _write_json(partial / f"worker-{self._rank:05}.json", {name: digest})
+            self._written.set()
+            if self._rank == 0:
+                self._publish(partial, step, state)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            self.error = StorageError(
+                f"the checkpoint of step {step} cannot be written to {self._run_dir}: "
+                f"{error.strerror or error}; make room, and go on with --resume"
+            )
+        finally:
+            self._written.set()
+
+    def _publish(self, partial: Path, step: int, state: Mapping[str, Any]) -> None:
+        markers = [partial / f"worker-{rank:05}.json" for rank in range(self._world_size)]
+        while not all(marker.is_file() for marker in markers):
+            if self._stopped.wait(_POLL_SECONDS):
+                shutil.rmtree(partial, ignore_errors=True)
+                return
+        files: dict[str, str] = {}
+        for marker in markers:
+            files |= json.loads(marker.read_text(encoding="utf-8"))
+            marker.unlink()
+        _write_json(partial / STATE, {**state, "files": files})
+        _sync(partial)
+        partial.rename(self._run_dir / f"checkpoint-{step:08}")
+        _sync(self._run_dir)
+        self.published = step
+        for old in superfluous(checkpoints(self._run_dir), self._keep_best):
+            shutil.rmtree(old.path, ignore_errors=True)
+
+
+def remove_partial(run_dir: Path) -> None:
+    """Remove what a killed process left half written."""
+    for path in run_dir.glob("partial-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a file that is whole as soon as it is there."""
+    tmp = path.with_suffix(".tmp")
+    with tmp.open("w", encoding="utf-8") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    tmp.replace(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the numbers of a run go beside the terminal: a table of places."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from offsite_ray.errors import ConfigError, unknown_name
+from offsite_ray.results import EvalRecord, Record, RunStart, StepRecord, to_plain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from offsite_ray.config import TrainingConfig
+    from offsite_ray.results import Report
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Place(Protocol):
+    """Something that takes numbers."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Take the values of a step, by name."""
+        ...
+
+    def close(self) -> None:
+        """Take no more."""
+        ...
+
+
+class JsonLines:
+    """A line for each step and evaluation, in ``metrics.jsonl``."""
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        """Go on behind ``first_step``: lines of steps that are done again are dropped."""
+        path = directory / METRICS_FILE
+        kept = _lines_until(path, first_step) if first_step and path.is_file() else []
+        self._file = path.open("w", encoding="utf-8", buffering=1)
+        self._file.writelines(kept)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write a line."""
+        self._file.write(json.dumps({"step": step, **to_plain(values)}) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _lines_until(path: Path, last_step: int) -> list[str]:
+    """Return the lines of steps up to ``last_step``; a killed process may leave half a line."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("}\n")]
+    return [line for line in whole if json.loads(line)["step"] <= last_step]
+
+
+class TensorBoard:
+    """TensorBoard's event files."""
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        """Go on behind ``first_step``."""
+        from tensorboardX import SummaryWriter
+
+        purge = first_step + 1 if first_step else None
+        self._writer = SummaryWriter(logdir=str(directory), purge_step=purge)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write a point for each value."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._writer.close()
+
+
+class Wandb:
+    """A run of Weights & Biases, by its environment variables."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        """Start a run."""
+        import wandb
+
+        self._run = wandb.init(config=dict(settings))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Log the values."""
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """End the run."""
+        self._run.finish()
+
+
+class Mlflow:
+    """A run of MLflow, by its environment variables."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        """Start a run."""
+        import mlflow
+
+        self._mlflow = mlflow
+        mlflow.start_run()
+        mlflow.log_params(dict(settings))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Log the values."""
+        self._mlflow.log_metrics(dict(values), step=step)
+
+    def close(self) -> None:
+        """End the run."""
+        self._mlflow.end_run()
+
+
+SERVICES: dict[str, Callable[[Mapping[str, Any]], Place]] = {"wandb": Wandb, "mlflow": Mlflow}
+"""What ``--report-to`` names to what starts a run there, given the run's settings."""
+
+
+@contextlib.contextmanager
+def logged(config: TrainingConfig, report: Report) -> Iterator[Report]:
+    """Give a report that also writes to the log directory and to services.
+
+    Raises:
+        ConfigError: A service is unknown or not installed.
+    """
+    for name in config.report_to:
+        if name not in SERVICES:
+            raise ConfigError(unknown_name("--report-to", name, SERVICES))
+    services = [_service(name, to_plain(config)) for name in config.report_to]
+    files: list[Place] = []
+
+    def both(record: Record) -> None:
+        if isinstance(record, RunStart):  # once more for workers that were started again
+            _close(files)
+            files[:] = _files(config.log_dir, record.first_step)
+        else:
+            _write((*services, *files), record)
+        report(record)
+
+    try:
+        yield both
+    finally:
+        _close((*services, *files))
+
+
+def _close(places: Sequence[Place]) -> None:
+    for place in places:
+        place.close()
+
+
+def _service(name: str, settings: Mapping[str, Any]) -> Place:
+    try:
+        return SERVICES[name](settings)
+    except ImportError as error:
+        raise ConfigError(f"--report-to {name} needs the package {name}; pip install it") from error
+
+
+def _files(log_dir: str | None, first_step: int) -> Sequence[Place]:
+    if log_dir is None:
+        return ()
+    directory = Path(log_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    return (JsonLines(directory, first_step), TensorBoard(directory, first_step))
+
+
+def _write(places: Sequence[Place], record: Record) -> None:
+    if values := metrics_of(record):
+        for place in places:
+            place.write(record.step, values)  # type: ignore[union-attr]  # no start has values
+
+
+def metrics_of(record: Record) -> dict[str, float]:
+    """Return the numbers of a step (``train/...``) or an evaluation (``eval/...``) by name."""
+    if isinstance(record, StepRecord):
+        measured = {
+            "learning_rate": record.learning_rate,
+            "grad_norm": record.grad_norm,
+            "tokens_per_s": record.tokens_per_s,
+            "flops_utilisation": record.flops_utilisation,
+            "peak_memory_bytes": record.peak_memory_bytes,
+        }
+        known = {name: value for name, value in measured.items() if value is not None}
+        return {f"train/{name}": value for name, value in {**record.losses, **known}.items()}
+    if isinstance(record, EvalRecord):
+        return {f"eval/{n}": value for n, value in {**record.losses, **record.diagnostics}.items()}
+    return {}

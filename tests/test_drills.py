@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fault drills: what is killed or broken on the way ends where the undisturbed run ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+from offsite_ray.config import DistillConfig
+from offsite_ray.distillation import DistillResult, distill
+from offsite_ray.emulator import open_bundle
+from offsite_ray.errors import DivergedError, ResumeError, StorageError, TrainingError
+from offsite_ray.results import Record, StepRecord
+from offsite_ray.train import run_on_ray
+from offsite_ray.training import TorchEngine, TrainingOutcome, run_here, training_loop
+from tests.loops import Loop, Stopped, ignore, stop_after
+from tests.test_user_errors import small_disk
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from offsite_ray.training import Fit
+
+STEPS = 60
+GIVEN = {
+    "max_steps": STEPS,
+    "batch_size": 4,
+    "seq_len": 32,
+    "learning_rate": 3e-3,
+    "checkpoint_every": 5,
+    "eval_every": 20,
+}
+SHARDED = {"num_workers": 2, "zero_stage": 3}
+CLOSE = 3e-4
+
+
+def config(loop: Loop, out: Path, **changes: Any) -> DistillConfig:
+    given: dict[str, Any] = {
+        "model": str(loop.model),
+        "bundle": str(loop.bundle),
+        "data": (str(loop.text),),
+        "out": str(out),
+        "num_workers": 0,
+        **GIVEN,
+        **changes,
+    }
+    return DistillConfig(**given)
+
+
+def weights(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.glob("*.safetensors"))}
+
+
+def curve(result: DistillResult) -> list[dict[str, float]]:
+    return [dict(record.losses) for record in result.history.steps]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(loop: Loop, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DistillResult]:
+    """Return the run on two workers, at ZeRO stage 3, that nothing happened to."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    return out, distill(config(loop, out, **SHARDED), run_on_ray, ignore)
+
+
+class Killer:
+    """A report that kills -9 one process of Ray Train at some step, once."""
+
+    def __init__(self, name: str, step: int) -> None:
+        self.name, self.step = name, step
+        self.killed: list[str] = []
+
+    def __call__(self, record: Record) -> None:
+        if self.killed or not isinstance(record, StepRecord) or record.step < self.step:
+            return
+        for process in psutil.Process().children(recursive=True):
+            line = " ".join(process.cmdline())
+            if self.name in line:
+                process.send_signal(signal.SIGKILL)
+                self.killed.append(line)
+                return
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("name", ["RayTrainWorker", "TrainController"])
+def test_a_killed_worker_or_controller_is_started_again(
+    loop: Loop, undisturbed: tuple[Path, DistillResult], tmp_path: Path, name: str
+) -> None:
+    """Bit for bit, without a hand."""
+    reference, expected = undisturbed
+    step = random.randrange(5, STEPS // 2)
+    print(f"killing {name} from step {step}")
+    killer = Killer(name, step)
+    result = distill(config(loop, tmp_path / "out", **SHARDED), run_on_ray, killer)
+    assert len(killer.killed) == 1
+    assert curve(result) == curve(expected)
+    assert result.history.evaluations == expected.history.evaluations
+    assert weights(tmp_path / "out") == weights(reference)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.slow
+def test_a_killed_driver_goes_on_by_the_same_command(
+    loop: Loop, undisturbed: tuple[Path, DistillResult], tmp_path: Path
+) -> None:
+    reference, _ = undisturbed
+    given = {**GIVEN, **SHARDED, "model": loop.model, "bundle": loop.bundle, "data": loop.text}
+    words = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
+    command = [sys.executable, "-m", "offsite_ray", "distill", *words, "--resume", "--json"]
+    command.append(f"--out={tmp_path / 'out'}")
+    with (tmp_path / "log").open("w") as log:
+        driver = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    run_dir = tmp_path / ".out.run"
+    wait_for(lambda: bool(list(run_dir.glob("checkpoint-*"))) or driver.poll() is not None)
+    family = psutil.Process(driver.pid).children(recursive=True)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    gone, alive = psutil.wait_procs(family, timeout=60)
+    assert gone
+    assert not alive
+    assert not (tmp_path / "out").exists()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["history"]["steps"][0]["step"] == 1
+    assert weights(tmp_path / "out") == weights(reference)
+
+
+def wait_for(there: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while not there():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_other_workers_stages_and_engines_go_on(
+    loop: Loop, undisturbed: tuple[Path, DistillResult], tmp_path: Path
+) -> None:
+    """From two workers at stage 3 to one at stage 2, and to this process; and back to two."""
+    _, expected = undisturbed
+    out = tmp_path / "a" / "out"
+    with pytest.raises(TrainingError, match="--max-failures"):
+        distill(
+            config(loop, out, **SHARDED, max_failures=0), run_on_ray, Killer("RayTrainWorker", 11)
+        )
+    run_dir = out.parent / ".out.run"
+    (last,) = run_dir.glob("checkpoint-*")
+    ways: list[tuple[str, Fit, dict[str, Any]]] = [
+        ("b", run_on_ray, {"num_workers": 1, "zero_stage": 2}),
+        ("c", run_here, {"num_workers": 0}),
+    ]
+    for folder, fit, given in ways:
+        shutil.copytree(run_dir, tmp_path / folder / ".out.run")
+        seen: list[Any] = []
+        result = distill(
+            config(loop, tmp_path / folder / "out", **given, resume=True), fit, seen.append
+        )
+        assert seen[0].first_step == int(last.name.split("-")[1])
+        assert [losses["loss"] for losses in curve(result)] == pytest.approx(
+            [losses["loss"] for losses in curve(expected)], rel=1e-3
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_from_this_process_to_two_workers(loop: Loop, tmp_path: Path) -> None:
+    straight = distill(config(loop, tmp_path / "straight"), run_here, ignore)
+    out = tmp_path / "out"
+    with pytest.raises(Stopped):
+        distill(config(loop, out), run_here, stop_after(12))
+    given = {"num_workers": 2, "zero_stage": 2, "resume": True}
+    result = distill(config(loop, out, **given), run_on_ray, ignore)
+    assert curve(result)[:10] == curve(straight)[:10]
+    assert [losses["loss"] for losses in curve(result)] == pytest.approx(
+        [losses["loss"] for losses in curve(straight)], rel=1e-3
+    )
+
+
+def test_a_run_that_diverges_keeps_its_last_checkpoint(loop: Loop, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(DivergedError, match="the loss of step 13 is nan; try a lower"):
+        distill(config(loop, out), poisoned_at(13), ignore)
+    assert [p.name for p in (tmp_path / ".out.run").glob("checkpoint-*")] == ["checkpoint-00000010"]
+    again = config(loop, out, resume=True, learning_rate=1e-3)
+    result = distill(again, run_here, ignore)
+    assert len(result.history.steps) == STEPS
+    recipe = open_bundle(out).manifest.recipe["distillation"]
+    assert recipe["changes"] == [{"from_step": 10, "learning_rate": 1e-3, "max_grad_norm": 1.0}]
+
+
+def poisoned_at(step: int) -> Fit:
+    """Return what runs a task in this process, with a weight that is no number at some step."""
+
+    def fit(task: Any, given: Any, run_dir: Path, report: Any) -> TrainingOutcome:
+        engine = TorchEngine(task, given)
+
+        def poison(record: Record) -> None:
+            if isinstance(record, StepRecord) and record.step == step - 1:
+                next(iter(engine.trained.values())).data.fill_(float("nan"))
+            report(record)
+
+        history = training_loop(task, engine, given, run_dir, poison)
+        return TrainingOutcome(history=history, state=engine.gather())
+
+    return fit
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def alter(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+WEIGHTS = "worker-00000.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        (WEIGHTS, truncate),
+        (WEIGHTS, alter),
+        (WEIGHTS, remove),
+        ("state.json", truncate),
+        ("state.json", remove),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(
+    loop: Loop, tmp_path: Path, file: str, damage: Callable[[Path], None]
+) -> None:
+    distill(config(loop, tmp_path / "straight"), run_here, ignore)
+    out = tmp_path / "out"
+    given = {"keep_best": 3, "eval_every": 5}
+    with pytest.raises(Stopped):
+        distill(config(loop, out, **given), run_here, stop_after(13))
+    run_dir = tmp_path / ".out.run"
+    kept = sorted(path.name for path in run_dir.glob("checkpoint-*"))
+    assert kept == ["checkpoint-00000005", "checkpoint-00000010"]
+    damage(run_dir / kept[-1] / file)
+    with pytest.raises(ResumeError, match=r"checkpoint-00000010 is damaged.*remove it"):
+        distill(config(loop, out, **given, resume=True), run_here, ignore)
+    shutil.rmtree(run_dir / kept[-1])
+    seen: list[Any] = []
+    distill(config(loop, out, **given, resume=True), run_here, seen.append)
+    assert seen[0].first_step == 5
+    assert weights(out) == weights(tmp_path / "straight")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_full_disk_on_workers_is_said_and_the_last_good_state_goes_on(
+    loop: Loop, undisturbed: tuple[Path, DistillResult], tmp_path: Path
+) -> None:
+    reference, _ = undisturbed
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    out = disk / "out"
+    filler = disk / "filler"
+
+    def fill(record: Record) -> None:
+        if isinstance(record, StepRecord) and record.step >= 20 and not filler.exists():
+            with filler.open("wb") as file:
+                try:
+                    while True:
+                        os.write(file.fileno(), bytes(2**16))
+                except OSError:
+                    return
+
+    with small_disk(disk, 64 * 2**20):
+        with pytest.raises(StorageError, match="checkpoint"):
+            distill(config(loop, out, **SHARDED, checkpoint_every=2), run_on_ray, fill)
+        assert list((disk / ".out.run").glob("checkpoint-*"))
+        filler.unlink()
+        distill(config(loop, out, **SHARDED, resume=True), run_on_ray, ignore)
+        assert weights(out) == weights(reference)
+
+
+def test_the_best_checkpoints_and_the_last_are_kept(loop: Loop, tmp_path: Path) -> None:
+    given = {"keep_best": 2, "max_steps": 12, "checkpoint_every": 2, "learning_rate": 0.3}
+    kept: list[set[int]] = []
+
+    def look(record: Record) -> None:
+        if isinstance(record, StepRecord):
+            found = (tmp_path / ".out.run").glob("checkpoint-*")
+            kept.append({int(path.name.split("-")[1]) for path in found})
+
+    result = distill(config(loop, tmp_path / "out", **given), run_here, look)
+    scores = {
+        e.step: e.losses["loss"] for e in result.history.evaluations if e.step in range(2, 12, 2)
+    }
+    assert set(scores) == {2, 4, 6, 8, 10}
+    best = sorted(scores, key=lambda step: scores[step])[:2]
+    assert kept[-1] == {*best, 10}
+
+
+def test_the_best_state_can_be_the_result(loop: Loop, tmp_path: Path) -> None:
+    given = {"keep_best": 1, "eval_every": 5}
+    with pytest.raises(Stopped):
+        distill(config(loop, tmp_path / "out", **given), run_here, stop_after(32))
+    worse = {**given, "result": "best", "resume": True, "learning_rate": 3.0}
+    result = distill(config(loop, tmp_path / "out", **worse), run_here, ignore)
+    losses = {e.step: e.losses["loss"] for e in result.history.evaluations}
+    best = min(losses.values())
+    assert losses[30] == best < losses[STEPS] / 10
+    again = config(loop, tmp_path / "again", bundle=str(tmp_path / "out"), max_steps=1)
+    assert distill(again, run_here, ignore).first_losses["loss"] == pytest.approx(best, rel=1e-5)
+
+
+def test_a_killed_writer_leaves_no_checkpoint_that_counts(loop: Loop, tmp_path: Path) -> None:
+    """kill -9 at a random moment of a process that does little but write checkpoints."""
+    given = {**GIVEN, "num_workers": 0, "model": loop.model, "bundle": loop.bundle}
+    given |= {"data": loop.text, "checkpoint_every": 1, "max_steps": 2000, "eval_every": 2000}
+    words = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
+    command = [sys.executable, "-m", "offsite_ray", "distill", *words, "--resume"]
+    command.append(f"--out={tmp_path / 'out'}")
+    run_dir = tmp_path / ".out.run"
+    before = 0
+    for _ in range(2):
+        before = newest_after_a_kill(command, run_dir, before)
+
+
+def newest_after_a_kill(command: list[str], run_dir: Path, before: int) -> int:
+    log = run_dir.parent / "log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream)
+    wait_for(lambda: newest(run_dir) > before or process.poll() is not None)
+    time.sleep(random.uniform(0, 0.3))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, log.read_text()
+    assert newest(run_dir) > before
+    return newest(run_dir)
+
+
+def newest(run_dir: Path) -> int:
+    return max((int(p.name.split("-")[1]) for p in run_dir.glob("checkpoint-*")), default=0)
