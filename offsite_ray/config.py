@@ -192,6 +192,8 @@ class DistillConfig(TrainingConfig):
     """Weight of the language modelling cross-entropy (the paper's 1)."""
     temperature: float = 1.0
     """Temperature of both sides of the KL divergence."""
+    teacher_cache: str | None = None
+    """Directory of the teacher's outputs on the data: used if it is there, else written first."""
     compile: bool = False
     """Compile each block with torch.compile: a minute at the start, faster steps after it."""
     num_workers: int = 1

@@ -49,8 +49,18 @@ class DataError(OffsiteError):
     """Text, a dataset or a tokenizer that cannot be used as asked."""
 
 
+class CacheError(OffsiteError):
+    """A teacher cache of something else than what is distilled, or a damaged one."""
+
+
 class StorageError(OffsiteError):
     """A path that cannot be read or written: missing, in the way, or no space left."""
+
+
+class ClusterError(OffsiteError):
+    """Work on Ray that cannot go on: workers lost, or failed for no reason of the user's."""
+
+    exit_status = 1
 
 
 class TrainingError(OffsiteError):

@@ -21,7 +21,7 @@ SETTINGS = (
 
 
 _OWN_BUSINESS = frozenset(
-    {"model", "bundle", "data", "out", "resume", "log_dir", "report_to", "max_failures"}
+    {"model", "bundle", "data", "out", "resume", "log_dir", "report_to", "max_failures", "teacher_cache"}
 )
 """Settings that say where things lie, not how something is trained."""
 

@@ -43,7 +43,7 @@ def _distill(config: configs.DistillConfig) -> Outcome:
     from offsite_ray.training.metrics import logged
 
     with training_progress("distill") as progress, logged(config, progress) as report:
-        result = distill(config, _fit(config), report, tell)
+        result = distill(config, _fit(config), report, tell, _fill(config))
     return Outcome(plain=to_plain(result))
 
 
@@ -65,6 +65,17 @@ def _fit(config: configs.TrainingConfig) -> Callable[..., Any]:
     from offsite_ray.train import run_on_ray
 
     return run_on_ray
+
+
+def _fill(config: configs.DistillConfig) -> Callable[..., Any]:
+    """Return what writes a teacher cache: this process, or Ray's actors."""
+    if config.num_workers == 0:
+        from offsite_ray.distillation import fill_here
+
+        return fill_here
+    from offsite_ray.train import fill_on_ray
+
+    return fill_on_ray
 
 
 def _plug_in(config: configs.PlugInConfig) -> Outcome:

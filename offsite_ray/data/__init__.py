@@ -6,7 +6,7 @@ A row has ``input_ids``, ``labels`` (-100 where nothing is to be predicted) and 
 what the logits at ``t - 1`` should predict, as in transformers.
 """
 
-from offsite_ray.data.blocks import BlockFiles, TokenBlocks, split_blocks
+from offsite_ray.data.blocks import BlockFiles, TokenBlocks, all_blocks, split_blocks
 from offsite_ray.data.documents import read_documents
 from offsite_ray.data.packing import IGNORED
 from offsite_ray.data.places import place_of
@@ -30,6 +30,7 @@ __all__ = [
     "PreparedData",
     "TokenBlocks",
     "WrittenPart",
+    "all_blocks",
     "fetch_prepared",
     "is_prepared",
     "open_prepared",

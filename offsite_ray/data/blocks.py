@@ -51,9 +51,13 @@ class TokenBlocks:
         """Return the number of blocks."""
         return len(self._rows)
 
+    def number(self, index: int) -> int:
+        """Return which block of all the prepared ones a block of these is."""
+        return int(self._rows[index])
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Return a block: ``input_ids``, ``labels`` and ``position_ids``, each ``(T,)`` int64."""
-        block = self._blocks[int(self._rows[index])]
+        block = self._blocks[self.number(index)]
         return {name: torch.from_numpy(block[name].astype(np.int64)) for name in COLUMNS}
 
 
@@ -106,6 +110,12 @@ class BlockFiles:
             flat = table.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False)
             arrays[name] = flat.reshape(table.num_rows, -1)
         return arrays
+
+
+def all_blocks(path: Path) -> TokenBlocks:
+    """Return every prepared block, in the order of the files."""
+    manifest = read_data_manifest(path)
+    return TokenBlocks(BlockFiles(path, manifest.files), range(manifest.num_blocks))
 
 
 def split_blocks(path: Path, eval_fraction: float, seed: int) -> tuple[TokenBlocks, TokenBlocks]:

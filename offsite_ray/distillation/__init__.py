@@ -10,6 +10,7 @@ from offsite_ray.distillation.losses import (
 from offsite_ray.distillation.module import DistillationModel, distillation_module
 from offsite_ray.distillation.run import DistillResult, distill
 from offsite_ray.distillation.task import DistillTask
+from offsite_ray.distillation.teacher import fill_here
 
 __all__ = [
     "DISTILLATION_LOSSES",
@@ -19,6 +20,7 @@ __all__ = [
     "DistillationModel",
     "distill",
     "distillation_module",
+    "fill_here",
     "last_stood_for",
     "normalized_error",
 ]

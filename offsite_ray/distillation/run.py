@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 from offsite_ray.architectures import Notice, disk_state
 from offsite_ray.bundle import check_free
+from offsite_ray.distillation.cache import cache_task, ensure_cache, needed_ends
 from offsite_ray.distillation.task import DistillTask
+from offsite_ray.distillation.teacher import fill_here
 from offsite_ray.emulator import (
     EmulatorBundle,
     blocks_path,
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from offsite_ray.config import DistillConfig
+    from offsite_ray.data import PreparedData
+    from offsite_ray.distillation.cache import CacheTask, Fill
+    from offsite_ray.emulator import FullModel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +51,11 @@ class DistillResult:
 
 
 def distill(
-    config: DistillConfig, fit: Fit, report: Report, notice: Notice | None = None
+    config: DistillConfig,
+    fit: Fit,
+    report: Report,
+    notice: Notice | None = None,
+    fill: Fill = fill_here,
 ) -> DistillResult:
     """Train the emulator blocks of a bundle against its full model; write the bundle again.
 
@@ -55,6 +64,8 @@ def distill(
         fit: Runs the training: on Ray, or in this process.
         report: Told of each step and evaluation.
         notice: Told what is unusual but not wrong.
+        fill: Writes the teacher's outputs, with ``config.teacher_cache``: on Ray, or in this
+            process.
 
     Raises:
         OffsiteError: Model, bundle or data cannot be used; nothing is left behind.
@@ -72,6 +83,8 @@ def distill(
     check_fits(bundle.path, bundle.manifest, full)
     apart = keeps_documents_apart(full.config, full.arch, full.weights)
     with run_directory(out, config.resume) as run_dir:
+        data = prepared_for(config.data, full.path, full.config, config.seq_len, run_dir, notice)
+        cache = _filled_cache(config, full, bundle, data, fill, notice, use_positions=apart)
         task = DistillTask(
             model=str(full.path.resolve()),
             bundle=str(bundle.path.resolve()),
@@ -79,8 +92,9 @@ def distill(
             plan=bundle.plan,
             blocks=blocks_path(bundle.manifest),
             config=config,
-            data=prepared_for(config.data, full.path, full.config, config.seq_len, run_dir, notice),
+            data=data,
             use_positions=apart,
+            cache=cache,
         )
         outcome = fit(task, config, run_dir, report)
         history = outcome.history
@@ -105,6 +119,37 @@ def distill(
         history=history,
         seconds=time.perf_counter() - start,
     )
+
+
+def _filled_cache(
+    config: DistillConfig,
+    full: FullModel,
+    bundle: EmulatorBundle,
+    data: PreparedData,
+    fill: Fill,
+    notice: Notice | None,
+    *,
+    use_positions: bool,
+) -> CacheTask | None:
+    """Return the cache to distil from, written if it was not there; None where none is asked for.
+
+    Raises:
+        ConfigError: These losses or this plan cannot be distilled from a cache.
+        CacheError: The one that is there is of something else.
+    """
+    if config.teacher_cache is None:
+        return None
+    if not needed_ends(bundle.plan, config):
+        raise ConfigError("the losses need no teacher, so there is nothing to cache")
+    if empty := [segment for segment in bundle.plan.segments if not segment.kept]:
+        raise ConfigError(
+            f"the emulator keeps none of the blocks {list(empty[0].blocks)}, and without the full "
+            "model there is no place for their error; distil without --teacher-cache"
+        )
+    blocks = blocks_path(bundle.manifest)
+    task = cache_task(full, bundle.plan, config, data, blocks, use_positions=use_positions)
+    ensure_cache(task, config, fill, notice or (lambda _: None))
+    return task
 
 
 def _bundle_state(

@@ -196,9 +196,11 @@ def layout(plan: SplitPlan, trunk: Sequence[int], losses: Mapping[str, Distillat
     wanted = [(name, loss.ends(plan)) for name, loss in losses.items() if loss.ends is not None]
     drift = [(f"{DRIFT}{index}", (end,)) for index, end in last_stood_for(plan).items()]
     found: dict[int, list[Comparison]] = {}
+    segment_of = {index: segment for segment in plan.segments for index in segment.blocks}
     for part, places in (*wanted, *drift):
         for end in places:
-            at = max((i for i in trunk if i <= end and i in plan.middle), default=-1)
+            here = segment_of[end].blocks
+            at = max((i for i in trunk if i <= end and i in here), default=-1)
             comparison = Comparison(part=part, end=end, share=1 / len(places))
             found.setdefault(at, []).append(comparison)
     end = max((end for _, places in wanted for end in places), default=-1)

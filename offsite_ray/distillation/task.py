@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from offsite_ray.architectures import DTYPES, load_config, load_model, resolve_architecture
 from offsite_ray.data import PreparedData, split_blocks
+from offsite_ray.distillation.cache import CachedBlocks, open_cache
 from offsite_ray.distillation.losses import active_losses
 from offsite_ray.distillation.module import distillation_module
 from offsite_ray.training import set_dtypes
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from offsite_ray.config import DistillConfig
+    from offsite_ray.distillation.cache import CacheTask
     from offsite_ray.split import SplitPlan
     from offsite_ray.training.protocols import TokenDataset
 
@@ -36,6 +39,8 @@ class DistillTask:
     config: DistillConfig
     data: PreparedData
     use_positions: bool
+    cache: CacheTask | None = None
+    """Where the teacher's outputs are read from; None: the teacher runs."""
 
     @property
     def loss_weights(self) -> Mapping[str, float]:
@@ -54,7 +59,7 @@ class DistillTask:
     @property
     def runs_teacher(self) -> bool:
         """Whether the full model is needed in memory."""
-        return any(loss.needs_teacher for loss in self._losses.values())
+        return self.cache is None and any(loss.needs_teacher for loss in self._losses.values())
 
     @property
     def flops_per_token(self) -> float | None:
@@ -80,7 +85,12 @@ class DistillTask:
 
     def datasets(self) -> tuple[TokenDataset, TokenDataset]:
         """Return the rows to train on and the held-out ones."""
-        return split_blocks(self.data.path, self.config.eval_fraction, self.config.seed)
+        both = split_blocks(self.data.path, self.config.eval_fraction, self.config.seed)
+        if self.cache is None:
+            return both
+        cache, ends = open_cache(Path(self.cache.directory), self.cache.key), self.cache.key.ends
+        train, held_out = (CachedBlocks(blocks, cache, ends) for blocks in both)
+        return train, held_out
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what a checkpoint must agree on to be resumed."""

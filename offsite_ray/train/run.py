@@ -51,7 +51,7 @@ def run_on_ray(
     run_dir = run_dir.resolve()
     (run_dir / RECORDS).unlink(missing_ok=True)
     with embedded_ray(config.num_workers), following(run_dir / RECORDS, report):
-        gpu = _use_gpu(config)
+        gpu = use_gpu(config)
         check_room(config.num_workers, gpu=gpu)
         for attempt in range(config.max_failures + 1):
             try:
@@ -85,7 +85,7 @@ def _fit(
             name=uuid.uuid4().hex,
             storage_path=str(run_dir / "ray"),
             failure_config=FailureConfig(max_failures=config.max_failures),
-            worker_runtime_env={"env_vars": _worker_env(config.num_workers, gpu=gpu)},
+            worker_runtime_env={"env_vars": worker_env(config.num_workers, gpu=gpu)},
         ),
     )
     told: list[str] | None = trainer.fit().return_value  # type: ignore[attr-defined]
@@ -99,13 +99,15 @@ def _lost_controller(error: Exception) -> bool:
     return isinstance(error, RayActorError)
 
 
-def _use_gpu(config: TrainingConfig) -> bool:
+def use_gpu(config: TrainingConfig) -> bool:
+    """Return whether workers get a GPU each."""
     import ray
 
     return ray.cluster_resources().get("GPU", 0) > 0 if config.use_gpu is None else config.use_gpu
 
 
-def _worker_env(num_workers: int, *, gpu: bool) -> dict[str, str]:
+def worker_env(num_workers: int, *, gpu: bool) -> dict[str, str]:
+    """Return the environment of a worker, which libraries read when they are imported."""
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // num_workers))
     common = {
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -120,18 +122,28 @@ def _worker_env(num_workers: int, *, gpu: bool) -> dict[str, str]:
 def _worker_error(error: Exception) -> OffsiteError:
     """Return what failed on a worker as one line, without Ray's frame around it."""
     failures = getattr(error, "worker_failures", None) or {0: error}
-    first: BaseException = next(iter(failures.values()))
-    while not isinstance(first, OffsiteError) and first.__cause__ is not None:
-        first = first.__cause__
-    if isinstance(first, OffsiteError):
-        return first
-    lines = (str(first).strip() or type(first).__name__).splitlines()
-    if type(first).__name__ == "ActorDiedError":
-        lines = [
-            "workers died more often than --max-failures allows, out of memory or killed; --resume "
-            "goes on from the last checkpoint"
-        ]
+    causes = [_cause(failure) for failure in failures.values()]
+    for cause in causes:
+        if isinstance(cause, OffsiteError):
+            return cause
+    if any(type(cause).__name__ in _LOST for cause in causes):
+        return TrainingError(
+            "training on Ray failed: workers died more often than --max-failures allows, out of "
+            "memory or killed; --resume goes on from the last checkpoint"
+        )
+    lines = (str(causes[0]).strip() or type(causes[0]).__name__).splitlines()
     return TrainingError(f"training on Ray failed: {lines[-1][:500]}")
+
+
+_LOST = frozenset({"ActorDiedError", "ActorUnavailableError", "WorkerHealthCheckFailedError"})
+"""Errors of Ray that stand for a process that is gone."""
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what an error came from, the first of this package if there is one."""
+    while not isinstance(error, OffsiteError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 @contextlib.contextmanager
