@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offsite_ray import config as configs
 from offsite_ray.cli.output import Outcome
+from offsite_ray.cli.preparing import preparing_progress
 from offsite_ray.cli.progress import tell, training_progress
 from offsite_ray.results import to_plain
 
@@ -35,7 +37,20 @@ def _compress(config: configs.CompressConfig) -> Outcome:
 def _prepare(config: configs.PrepareConfig) -> Outcome:
     from offsite_ray.data import prepare
 
-    return Outcome(plain=to_plain(prepare(config, tell)))
+    with preparing_progress() as report:
+        result = prepare(config, tell, write_parts=_write_parts(config), report=report)
+    return Outcome(plain=to_plain(result))
+
+
+def _write_parts(config: configs.PrepareConfig) -> Callable[..., Any]:
+    """Return what writes the parts of a text: this process, or the workers of Ray Data."""
+    if config.num_workers == 0:
+        from offsite_ray.data import write_here
+
+        return write_here
+    from offsite_ray.prepare import write_on_ray
+
+    return partial(write_on_ray, num_workers=config.num_workers)
 
 
 def _distill(config: configs.DistillConfig) -> Outcome:

@@ -11,6 +11,7 @@ from offsite_ray.data.documents import read_documents
 from offsite_ray.data.packing import IGNORED
 from offsite_ray.data.places import place_of
 from offsite_ray.data.prepared import (
+    PartsRecord,
     PreparedData,
     PrepareResult,
     fetch_prepared,
@@ -19,6 +20,7 @@ from offsite_ray.data.prepared import (
     prepare,
     tokenizer_digest,
     write_blocks,
+    write_here,
 )
 from offsite_ray.data.writing import PartWriter, WrittenPart
 
@@ -26,6 +28,7 @@ __all__ = [
     "IGNORED",
     "BlockFiles",
     "PartWriter",
+    "PartsRecord",
     "PrepareResult",
     "PreparedData",
     "TokenBlocks",
@@ -40,4 +43,5 @@ __all__ = [
     "split_blocks",
     "tokenizer_digest",
     "write_blocks",
+    "write_here",
 ]

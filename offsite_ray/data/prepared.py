@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,13 +24,13 @@ from offsite_ray.data.writing import PartWriter, WrittenPart
 from offsite_ray.errors import DataError, StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from offsite_ray.config import PrepareConfig
     from offsite_ray.data.parts import Part
     from offsite_ray.data.places import Place
 
-WriteParts = Callable[[PartWriter], Iterator[WrittenPart]]
+WriteParts = Callable[[PartWriter], Generator[WrittenPart, None, None]]
 """Writes every part, in any order."""
 
 
@@ -82,11 +83,16 @@ class PreparedData:
     """Digest of the blocks; None for blocks that ``prepare`` did not write."""
 
 
+def write_here(writer: PartWriter) -> Generator[WrittenPart, None, None]:
+    """Write every part in this process, in order."""
+    yield from map(writer, range(len(writer.parts)))
+
+
 def prepare(
     config: PrepareConfig,
     notice: Notice | None = None,
     *,
-    write_parts: WriteParts | None = None,
+    write_parts: WriteParts = write_here,
     report: ReportParts | None = None,
 ) -> PrepareResult:
     """Tokenise text and pack it into blocks, as a directory of Parquet files.
@@ -94,7 +100,7 @@ def prepare(
     Args:
         config: What to make of what.
         notice: Told of what the user should know.
-        write_parts: Where the parts are written, by default here; the result is the same.
+        write_parts: Writes the parts, here or elsewhere; the blocks are the same.
         report: Told of each part that is done.
 
     Raises:
@@ -108,14 +114,9 @@ def prepare(
         config.out,
         notice,
         seed=config.seed,
-        write_parts=write_parts or write_here,
+        write_parts=write_parts,
         report=report,
     )
-
-
-def write_here(writer: PartWriter) -> Iterator[WrittenPart]:
-    """Write every part in this process, in order."""
-    return map(writer, range(len(writer.parts)))
 
 
 def write_blocks(
@@ -145,7 +146,8 @@ def write_blocks(
             seed=seed,
             folder=publication.folder(digest_plain([digest, block_size, seed, _identity(parts)])),
         )
-        written = _followed(write_parts(writer), len(parts), report)
+        with contextlib.closing(write_parts(writer)) as results:
+            written = _followed(results, len(parts), report)
         manifest = _manifest(writer, written, digest, seed)
         _check(sources, manifest, divisible=all(part.divisible for part in written))
         publication.publish(manifest)
@@ -183,7 +185,7 @@ def _identity(parts: Sequence[Part]) -> list[list[object]]:
 
 
 def _followed(
-    written: Iterator[WrittenPart], num_parts: int, report: ReportParts | None
+    written: Iterable[WrittenPart], num_parts: int, report: ReportParts | None
 ) -> list[WrittenPart]:
     """Return the results of all parts in their order, however they come, and report each."""
     start = time.perf_counter()
