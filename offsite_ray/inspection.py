@@ -6,18 +6,26 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from offsite_ray.adapter import AdapterBundle, open_adapter
-from offsite_ray.architectures import config_values, load_config, resolve_architecture
+from offsite_ray.architectures import (
+    config_values,
+    load_config,
+    model_directory,
+    resolve_architecture,
+)
 from offsite_ray.architectures.bottleneck import BOTTLENECK_FILE
 from offsite_ray.bundle import (
     MANIFEST,
     Kind,
     TensorDirectory,
+    digest_file,
     read_manifest,
     read_verified,
 )
+from offsite_ray.data import open_prepared
+from offsite_ray.data.manifest import DATA_MANIFEST, read_data_manifest
 from offsite_ray.emulator import (
     EmulatorBundle,
     blocks_path,
@@ -25,6 +33,7 @@ from offsite_ray.emulator import (
     open_bundle,
     open_full_model,
 )
+from offsite_ray.errors import DataError
 from offsite_ray.finetuning.host import host_of_full_model
 from offsite_ray.finetuning.methods import finetuning_method
 from offsite_ray.finetuning.writing import check_plug_in
@@ -36,6 +45,9 @@ if TYPE_CHECKING:
     from offsite_ray.bundle import TensorInfo
     from offsite_ray.config import VerifyConfig
 
+_PREPARED: Literal["prepared_data"] = "prepared_data"
+"""What stands for the kind of a bundle."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyResult:
@@ -44,14 +56,14 @@ class VerifyResult:
     verdict: str
     """In words, for people."""
     path: str
-    kind: Kind
+    kind: Kind | Literal["prepared_data"]
     id: str
     num_files: int
     """Files whose digest was checked."""
     num_tensors: int
     """Tensors whose place, shape and dtype were checked."""
     checked_against: str | None
-    """Full model that it belongs to; None where none was given."""
+    """Full model that it belongs to (data: by the tokenizer); None where none was given."""
 
 
 def inspect_path(path: str | Path, blocks: str | None = None) -> dict[str, Any]:
@@ -62,6 +74,8 @@ def inspect_path(path: str | Path, blocks: str | None = None) -> dict[str, Any]:
         IntegrityError: Its manifest was altered.
     """
     directory = Path(path)
+    if (directory / DATA_MANIFEST).is_file():
+        return _inspect_data(directory)
     if directory.is_dir() and not (directory / MANIFEST).is_file():
         return _inspect_model(directory, blocks)
     manifest = read_manifest(directory)
@@ -85,6 +99,13 @@ def inspect_path(path: str | Path, blocks: str | None = None) -> dict[str, Any]:
         **_sizes(tensors),
         "measured": to_plain(manifest.measured),
     }
+
+
+def _inspect_data(directory: Path) -> dict[str, Any]:
+    """Return what is in a directory of prepared data."""
+    manifest = read_data_manifest(directory)
+    known = {"path": str(directory), "kind": _PREPARED, "digest": manifest.digest}
+    return {**known, **to_plain(manifest)}
 
 
 def _inspect_model(directory: Path, blocks: str | None) -> dict[str, Any]:
@@ -113,12 +134,15 @@ def _sizes(tensors: dict[str, TensorInfo]) -> dict[str, Any]:
 
 
 def verify(config: VerifyConfig) -> VerifyResult:
-    """Check that a bundle is whole and unaltered, and (with a model) that it belongs to it.
+    """Check that a bundle or prepared data is whole and unaltered, and (with a model) whose it is.
 
     Raises:
         BundleError: It is not.
+        DataError: Prepared data is not.
     """
     path = Path(config.path)
+    if (path / DATA_MANIFEST).is_file():
+        return _verify_data(config)
     manifest = read_manifest(path)
     opened = _OPENERS[manifest.kind](path)
     if config.model is not None:
@@ -128,7 +152,7 @@ def verify(config: VerifyConfig) -> VerifyResult:
             method, host = finetuning_method(opened.method), host_of_full_model(full, opened.plan)
             check_plug_in(method, path, opened.weights, host)
     return VerifyResult(
-        verdict=_verdict(config.model),
+        verdict=_verdict("it belongs to", config.model),
         path=config.path,
         kind=manifest.kind,
         id=manifest.id,
@@ -138,10 +162,31 @@ def verify(config: VerifyConfig) -> VerifyResult:
     )
 
 
-def _verdict(model: str | None) -> str:
+def _verify_data(config: VerifyConfig) -> VerifyResult:
+    path = Path(config.path)
+    manifest = read_data_manifest(path)
+    for file in manifest.files:
+        blocks = path / file.name
+        if not blocks.is_file() or digest_file(blocks) != file.digest:
+            raise DataError(f"{blocks} is missing or was altered; run 'offsite-ray prepare' again")
+    if config.model is not None:
+        model = model_directory(config.model)
+        open_prepared(path, model, load_config(model).vocab_size)
+    return VerifyResult(
+        verdict=_verdict("it was prepared for", config.model),
+        path=config.path,
+        kind=_PREPARED,
+        id=manifest.digest,
+        num_files=len(manifest.files),
+        num_tensors=0,
+        checked_against=config.model,
+    )
+
+
+def _verdict(relation: str, model: str | None) -> str:
     if model is None:
-        return "whole and unaltered; give --model to check which model it belongs to"
-    return f"whole and unaltered, and it belongs to {model}"
+        return f"whole and unaltered; give --model to check which model {relation}"
+    return f"whole and unaltered, and {relation} {model}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

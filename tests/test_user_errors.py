@@ -106,6 +106,8 @@ DAMAGED = [
     (f"{MEASURE} --finetuned {{truncated}}", "model.safetensors"),
     ("inspect {truncated}", "model.safetensors"),
     ("verify {truncated_bundle}", "model.safetensors"),
+    ("verify {altered_data}", "part-00000.parquet is missing or was altered"),
+    ("verify {foreign_data} --model {bundle}", "was prepared with another tokenizer"),
     ("compress --model {unknown_family} --plan 1-2-1 --out {out}", "did you mean 'gpt2'?"),
 ]
 
