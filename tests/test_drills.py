@@ -286,7 +286,7 @@ def test_a_full_disk_on_workers_is_said_and_the_last_good_state_goes_on(
                     return
 
     with small_disk(disk, 64 * 2**20):
-        with pytest.raises(StorageError, match="checkpoint"):
+        with pytest.raises(StorageError, match="No space left on device"):
             distill(config(loop, out, **SHARDED, checkpoint_every=2), run_on_ray, fill)
         assert list((disk / ".out.run").glob("checkpoint-*"))
         filler.unlink()

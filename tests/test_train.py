@@ -61,7 +61,15 @@ def here(loop: Loop, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Di
 
 
 @pytest.mark.parametrize(
-    ("workers", "stage", "micro"), [(1, 0, None), (2, 0, 1), (2, 1, None), (2, 2, 1), (2, 3, None)]
+    ("workers", "stage", "micro", "offload"),
+    [
+        (1, 0, None, "none"),
+        (2, 0, 1, "none"),
+        (2, 1, None, "optimizer"),
+        (2, 2, 1, "none"),
+        (2, 3, None, "none"),
+        (2, 3, None, "all"),
+    ],
 )
 def test_workers_and_stages_do_not_change_the_result(
     loop: Loop,
@@ -70,9 +78,11 @@ def test_workers_and_stages_do_not_change_the_result(
     workers: int,
     stage: int,
     micro: int | None,
+    offload: str,
 ) -> None:
     reference, expected = here
-    given = {"num_workers": workers, "zero_stage": stage, "micro_batch_size": micro}
+    given: dict[str, Any] = {"num_workers": workers, "zero_stage": stage, "micro_batch_size": micro}
+    given |= {"offload": offload}
     result = run(loop, tmp_path / "out", run_on_ray, **given)
     assert losses(result) == pytest.approx(losses(expected), rel=1e-4)
     assert result.last_losses == pytest.approx(expected.last_losses, rel=1e-4)

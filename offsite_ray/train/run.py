@@ -9,6 +9,7 @@ to the run's directory, which all workers must see.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offsite_ray.cluster import check_room, embedded_ray
-from offsite_ray.errors import OffsiteError, TrainingError
+from offsite_ray.errors import OffsiteError, StorageError, TrainingError
 from offsite_ray.results import CheckpointRecord, EvalRecord, RunStart, StepRecord
 from offsite_ray.train.worker import RECORDS, raise_final, read_result, worker
 
@@ -61,7 +62,7 @@ def run_on_ray(
                 raise
             except Exception as error:
                 if not _lost_controller(error) or attempt == config.max_failures:
-                    raise _worker_error(error) from error
+                    raise _worker_error(error, run_dir) from error
     return read_result(run_dir)
 
 
@@ -119,7 +120,7 @@ def worker_env(num_workers: int, *, gpu: bool) -> dict[str, str]:
     return common if gpu else {**common, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": threads}
 
 
-def _worker_error(error: Exception) -> OffsiteError:
+def _worker_error(error: Exception, run_dir: Path) -> OffsiteError:
     """Return what failed on a worker as one line, without Ray's frame around it."""
     failures = getattr(error, "worker_failures", None) or {0: error}
     causes = [_cause(failure) for failure in failures.values()]
@@ -131,6 +132,9 @@ def _worker_error(error: Exception) -> OffsiteError:
             "training on Ray failed: workers died more often than --max-failures allows, out of "
             "memory or killed; --resume goes on from the last checkpoint"
         )
+    full = os.strerror(errno.ENOSPC)
+    if any(full in str(cause) for cause in (*causes, error)):
+        return StorageError(f"{run_dir}: {full}; make room, and go on with --resume")
     lines = (str(causes[0]).strip() or type(causes[0]).__name__).splitlines()
     return TrainingError(f"training on Ray failed: {lines[-1][:500]}")
 

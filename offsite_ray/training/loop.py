@@ -21,6 +21,7 @@ from offsite_ray.errors import DivergedError
 from offsite_ray.results import EvalRecord, RunStart, StepRecord, TrainingHistory
 from offsite_ray.training.batches import collate, num_targets
 from offsite_ray.training.devices import peak_memory, peak_tflops
+from offsite_ray.training.prefetch import Prefetched
 from offsite_ray.training.progress import Progress, identity_of
 from offsite_ray.training.schedule import Schedule, schedule
 
@@ -55,7 +56,7 @@ def training_loop(
     identity = identity_of(task, config, plan)
     progress = Progress(run_dir, engine, report, identity, _num_best(config))
     first = progress.resume()
-    report(
+    progress.tell(
         RunStart(
             total_steps=plan.total_steps,
             first_step=first,
@@ -67,13 +68,16 @@ def training_loop(
     try:
         if first == 0:
             progress.add(evaluate_loss(task, engine, config, held_out, 0))
-        for step in range(first, plan.total_steps):
-            progress.add(train_step(task, engine, config, plan, train, step, progress))
-            done = step + 1
-            if plan.evaluates(done):
-                progress.add(evaluate_loss(task, engine, config, held_out, done))
-            if plan.checkpoints(done):
-                progress.checkpoint(done, time.perf_counter() - start)
+        with Prefetched(train) as rows:
+            for step in range(first, plan.total_steps):
+                for near in range(step, min(step + 2, plan.total_steps)):
+                    rows.ahead(plan.rows(near, engine.rank, engine.world_size))
+                progress.add(train_step(task, engine, config, plan, rows, step, progress))
+                done = step + 1
+                if plan.evaluates(done):
+                    progress.add(evaluate_loss(task, engine, config, held_out, done))
+                if plan.checkpoints(done):
+                    progress.checkpoint(done, time.perf_counter() - start)
         progress.finish()
     except DivergedError:  # on every worker at once
         progress.finish()
@@ -109,7 +113,7 @@ def train_step(
         StorageError: A worker could not write its part of a checkpoint meanwhile.
     """
     start = time.perf_counter()
-    own = [train[row] for row in plan.rows(step)[engine.rank :: engine.world_size]]
+    own = [train[row] for row in plan.rows(step, engine.rank, engine.world_size)]
     tokens, sequences = engine.reduce([num_targets(own), len(own)])
     counts = {"token": max(1.0, tokens), "sequence": sequences}
     size = config.micro_batch_size or len(own)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from offsite_ray.config import TrainingConfig
-    from offsite_ray.results import Report
+    from offsite_ray.results import Record, Report
     from offsite_ray.training.protocols import Engine, TrainingTask
     from offsite_ray.training.schedule import Schedule
 
@@ -104,11 +104,21 @@ class Progress:
             self.steps.append(record)
         else:
             self.evaluations.append(record)
-        self._report(record)
+        self.tell(record)
         if self._writer.published > self._told:
             self._told = self._writer.published
             path = self._run_dir / f"checkpoint-{self._told:08}"
-            self._report(CheckpointRecord(step=self._told, path=str(path)))
+            self.tell(CheckpointRecord(step=self._told, path=str(path)))
+
+    def tell(self, record: Record) -> None:
+        """Report a record; where it cannot be written, all workers stop at the next step."""
+        try:
+            self._report(record)
+        except OSError as error:
+            self._writer.error = StorageError(
+                f"{error.filename or self._run_dir}: {error.strerror or error}; make room, and go "
+                "on with --resume"
+            )
 
     def history(self, seconds: float) -> TrainingHistory:
         """Return everything so far; ``seconds`` since this process began."""

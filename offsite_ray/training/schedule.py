@@ -38,10 +38,10 @@ class Schedule:
         done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         return self.peak_learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
-    def rows(self, step: int) -> list[int]:
-        """Return the rows of the global batch of a step; each epoch has an order of its own."""
+    def rows(self, step: int, rank: int = 0, world_size: int = 1) -> list[int]:
+        """Return a worker's rows of the global batch of a step; epochs differ in their order."""
         first = step * self.batch_size
-        places = range(first, first + self.batch_size)
+        places = range(first + rank, first + self.batch_size, world_size)
         epochs = {place // self.num_rows for place in places}
         orders = {epoch: _order(self.seed, epoch, self.num_rows) for epoch in epochs}
         return [int(orders[p // self.num_rows][p % self.num_rows]) for p in places]
