@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import pickle
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +20,14 @@ from offsite_ray.config import FinetuneConfig
 from offsite_ray.data import (
     IGNORED,
     PrepareResult,
+    blocks,
     open_prepared,
-    read_documents,
     split_blocks,
     write_blocks,
 )
-from offsite_ray.data.blocks import BlockFiles
 from offsite_ray.data.documents import Document
 from offsite_ray.data.encoding import Encoder, Example
-from offsite_ray.data.manifest import DATA_MANIFEST, read_data_manifest
+from offsite_ray.data.manifest import DATA_MANIFEST
 from offsite_ray.data.packing import COLUMNS
 from offsite_ray.data.parts import Piece
 from offsite_ray.errors import DataError, ResumeError
@@ -38,42 +37,23 @@ from offsite_ray.training.batches import collate
 from offsite_ray.training.sources import prepared_for
 from tests.damage import edit_json
 from tests.loops import Loop, Stopped, ignore, stop_after
+from tests.texts import CHAT, DOCUMENTS, TALK, columns_of, save_tokenizer, write_rows
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from transformers import PreTrainedTokenizerBase
 
 END = 0
 FIRST = "part-00000.parquet"
-CHAT = (
-    "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] }};{% endfor %}"
-    "{% if add_generation_prompt %}[a]{% endif %}"
-)
-TALK = [
-    {"role": "user", "content": "hi"},
-    {"role": "assistant", "content": "yo"},
-    {"role": "user", "content": "and"},
-    {"role": "assistant", "content": "so"},
-]
-DOCUMENTS: dict[str, list[dict[str, Any]]] = {
-    "text": [{"text": "one"}, {"text": "two"}],
-    "completion": [{"prompt": "ask ", "completion": "told"}, {"prompt": "", "completion": "b"}],
-    "messages": [{"messages": TALK}],
-    "more columns": [{"prompt": "a", "completion": "b"}],
-}
-MORE_COLUMNS = {"text": "not this", "id": 3}
 
 
 @pytest.fixture(scope="module")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a tokenizer of one token to a character, with a chat template."""
-    directory = tmp_path_factory.mktemp("tokenizer")
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(directory)
-    return directory
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
@@ -81,29 +61,11 @@ def tokenizer(tokenizer_dir: Path) -> PreTrainedTokenizerBase:
     return load_tokenizer(tokenizer_dir)
 
 
-def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
-    """Write rows as JSONL or Parquet, by the suffix."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), file)
-    else:
-        file.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
-    return file
-
-
 def made(
     source: Path | str, tokenizer_dir: Path, out: Path, block_size: int = 8
 ) -> tuple[PrepareResult, dict[str, list[list[int]]]]:
     result = write_blocks([str(source)], tokenizer_dir, block_size, out)
     return result, columns_of(out)
-
-
-def columns_of(out: Path) -> dict[str, list[list[int]]]:
-    """Return the blocks of a prepared directory by column."""
-    manifest = read_data_manifest(out)
-    blocks = BlockFiles(out, manifest.files)
-    rows = [blocks[index] for index in range(manifest.num_blocks)]
-    return {name: [row[name].tolist() for row in rows] for name in COLUMNS}
 
 
 def encode(document: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
@@ -120,43 +82,6 @@ def predicted(document: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> s
         for token, wanted in zip(example.tokens, example.targets, strict=True)
     ]
     return "".join(shown)
-
-
-# Sources
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-@pytest.mark.parametrize("form", list(DOCUMENTS))
-def test_rows_are_read_as_they_are(tmp_path: Path, form: str, suffix: str) -> None:
-    rows = [{**row, **(MORE_COLUMNS if form == "more columns" else {})} for row in DOCUMENTS[form]]
-    file = write_rows(tmp_path / f"rows{suffix}", rows)
-    assert list(read_documents([str(file)])) == DOCUMENTS[form]
-
-
-def test_a_text_file_is_one_document_and_a_folder_all_its_files(tmp_path: Path) -> None:
-    (tmp_path / "b.txt").write_text("first line\n\nsecond \u00fc", encoding="utf-8")
-    write_rows(tmp_path / "deep/a.jsonl", DOCUMENTS["text"])
-    (tmp_path / "notes.md").write_text("no data")
-    text = {"text": "first line\n\nsecond \u00fc"}
-    assert list(read_documents([str(tmp_path / "b.txt")])) == [text]
-    assert list(read_documents([str(tmp_path)])) == [text, *DOCUMENTS["text"]]
-
-
-def test_a_dataset_is_read_by_name_and_configuration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_rows(tmp_path / "corpus/en/rows.jsonl", DOCUMENTS["text"])
-    write_rows(tmp_path / "corpus/chat/rows.jsonl", DOCUMENTS["messages"])
-    (tmp_path / "corpus/README.md").write_text(
-        "---\nconfigs:\n"
-        "- config_name: en\n  data_files: en/rows.jsonl\n"
-        "- config_name: chat\n  data_files: chat/rows.jsonl\n---\n"
-    )
-    assert list(read_documents(["corpus:en"])) == DOCUMENTS["text"]
-    assert list(read_documents(["corpus:chat"])) == DOCUMENTS["messages"]
-    with pytest.raises(DataError, match="no dataset either"):
-        list(read_documents(["corpus:fr"]))
 
 
 # What is predicted
@@ -340,8 +265,8 @@ def test_held_out_blocks_are_drawn_by_the_seed(tokenizer_dir: Path, tmp_path: Pa
 
 
 def _truncate(data: Path) -> None:
-    blocks = data / FIRST
-    blocks.write_bytes(blocks.read_bytes()[:-50])
+    file = data / FIRST
+    file.write_bytes(file.read_bytes()[:-50])
 
 
 def _change_a_token(data: Path) -> None:
@@ -351,6 +276,10 @@ def _change_a_token(data: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), data / FIRST)
 
 
+def _manifest(edit: Callable[[Any], Any]) -> Callable[[Path], None]:
+    return lambda data: edit_json(data / DATA_MANIFEST, edit)
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -358,7 +287,12 @@ def _change_a_token(data: Path) -> None:
         (_change_a_token, "was altered"),
         (lambda data: (data / FIRST).unlink(), "is missing"),
         (lambda data: (data / DATA_MANIFEST).write_text("{"), "is damaged"),
-        (lambda data: edit_json(data / DATA_MANIFEST, lambda v: v.pop("digest")), "is damaged"),
+        (_manifest(lambda v: v.pop("digest")), "is damaged: KeyError"),
+        (_manifest(lambda v: v.pop("files")), "is damaged: KeyError"),
+        (_manifest(lambda v: v.update(max_token=3)), "does not have the digest that it names"),
+        (_manifest(lambda v: v["files"][0].update(name="../part.parquet")), "not below it"),
+        (_manifest(lambda v: v.update(schema_version=2)), "schema version 2, this version reads 1"),
+        (_manifest(lambda v: v.pop("schema_version")), "schema version None"),
     ],
 )
 def test_damaged_data_is_refused(
@@ -369,6 +303,37 @@ def test_damaged_data_is_refused(
     damage(tmp_path / "out")
     with pytest.raises(DataError, match=said):
         open_prepared(tmp_path / "out", tokenizer_dir, 128)
+
+
+def test_blocks_are_read_when_they_are_asked_for(
+    tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "_GROUPS_IN_MEMORY", 8)
+    (tmp_path / "a.txt").write_text("The cat sat. " * 100_000)
+    result, _ = made(tmp_path / "a.txt", tokenizer_dir, tmp_path / "out", 512)
+    num_bytes = 12 * result.num_blocks * 512
+    before = pa.total_allocated_bytes()
+    train, held_out = split_blocks(tmp_path / "out", 0.1, 0)
+    assert len(train) + len(held_out) == result.num_blocks
+    assert pa.total_allocated_bytes() == before
+    largest = 0
+    order = np.random.default_rng(0).permutation(len(train))
+    for index in order:
+        assert train[int(index)]["input_ids"].shape == (512,)
+        largest = max(largest, pa.total_allocated_bytes() - before)
+    assert 0 < largest < num_bytes / 3, "as much as the text is held in memory"
+    copy = pickle.loads(pickle.dumps(train))
+    index = int(order[0])
+    assert all(torch.equal(copy[index][name], train[index][name]) for name in COLUMNS)
+
+
+def test_a_file_that_is_damaged_meanwhile_is_named(tokenizer_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a" * 20)
+    made(tmp_path / "a.txt", tokenizer_dir, tmp_path / "out")
+    train, _ = split_blocks(tmp_path / "out", 0.5, 0)
+    _truncate(tmp_path / "out")
+    with pytest.raises(DataError, match=f"{FIRST} is damaged"):
+        [train[index] for index in range(len(train))]
 
 
 def test_data_of_another_tokenizer_is_refused(tokenizer_dir: Path, tmp_path: Path) -> None:

@@ -113,8 +113,8 @@ def _line_end(file: Any, place: int) -> int:
     end = behind.find(b"\n")
     if end >= 0:
         return place + end
-    inside = (byte & 0xC0 == 0x80 for byte in behind[1:])
-    return place + next((index for index, is_inside in enumerate(inside) if not is_inside), 0)
+    begins = (index for index, byte in enumerate(behind[1:]) if byte & 0xC0 != 0x80)
+    return place + next(begins, len(behind) - 1)
 
 
 # JSONL: the lines that begin in a piece
