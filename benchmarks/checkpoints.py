@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of the exact shape of real ones, with random weights, written in a stream.
 
-    python -m benchmarks.checkpoints model opt-6.7b DIR          a full model, in files of 2 GB
+    python -m benchmarks.checkpoints model opt-6.7b DIR          a full model
     python -m benchmarks.checkpoints tiny opt-6.7b DIR           the same in kilobytes
     python -m benchmarks.checkpoints adapter BUNDLE DIR          an adapter bundle of whole blocks
 
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-SHARD_BYTES = 2 * 10**9
 PIECE_BYTES = 16 * 2**20
 
 
@@ -35,6 +34,8 @@ class Checkpoint:
     """Of the published model."""
     tiny: Mapping[str, Any] = field(default_factory=dict)
     """What makes a model of kilobytes of it, with as many blocks: what runs before any weights."""
+    shard_bytes: int = 2 * 10**9
+    """Of a file of weights, at most."""
 
 
 _CHECKPOINTS = (
@@ -77,19 +78,29 @@ _CHECKPOINTS = (
         },
         tiny={"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64},
     ),
+    Checkpoint(
+        name="tiny",
+        title="a tiny OPT, which only shows that the benchmark runs",
+        family="opt",
+        plan="1-2-1",
+        config={
+            "vocab_size": 512,
+            "hidden_size": 64,
+            "word_embed_proj_dim": 64,
+            "ffn_dim": 256,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+        },
+        shard_bytes=200_000,
+    ),
 )
 
 CHECKPOINTS = {row.name: row for row in _CHECKPOINTS}
 """What ``--shape`` names."""
 
 
-def write_checkpoint(
-    checkpoint: Checkpoint,
-    directory: Path,
-    *,
-    tiny: bool = False,
-    shard_bytes: int = SHARD_BYTES,
-) -> None:
+def write_checkpoint(checkpoint: Checkpoint, directory: Path, *, tiny: bool = False) -> None:
     """Write a model of random weights in bf16; its directory appears once it is whole."""
     from transformers import AutoConfig
 
@@ -113,7 +124,7 @@ def write_checkpoint(
     ]
     with atomic_directory(directory) as tmp:
         config.save_pretrained(str(tmp))
-        write_model(tmp, specs, shard_bytes)
+        write_model(tmp, specs, checkpoint.shard_bytes)
 
 
 def write_random_adapter(bundle_dir: Path, out: Path) -> None:

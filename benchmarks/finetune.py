@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
-import subprocess
 import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.cases import ITEMSIZE, LORA_RANK, ROOT, Comparison, Effort, compare
+from benchmarks.machine import commit, machine
 from benchmarks.models import SHAPES
 from benchmarks.page import tables, update
 from offsite_ray.results import to_plain
@@ -41,7 +40,6 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 _DEFAULT_SHAPES = {"cpu": ("opt-24x1024",), "cuda": ("opt-1.3b", "gpt2-xl")}
 _DEFAULT_DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("bf16",)}
 _PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy")
-_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,8 +74,8 @@ def run(args: argparse.Namespace) -> Result:
     ]
     return Result(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        commit=_commit(),
-        machine=_machine(args.device),
+        commit=commit(),
+        machine={**machine(), "gpu": _gpu(args.device)},
         versions={"python": platform.python_version(), **{n: version(n) for n in _PACKAGES}},
         lora_rank=LORA_RANK,
         effort=effort,
@@ -85,24 +83,8 @@ def run(args: argparse.Namespace) -> Result:
     )
 
 
-def _commit() -> str | None:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
-
-
-def _machine(device: str) -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    pairs = (line.split(":", 1) for line in lines if ":" in line)
-    info = {name.strip(): value.strip() for name, value in pairs}
-    return {
-        "cpu": info.get("model name", platform.machine()),
-        "cpu_flags": [flag for flag in _CPU_FLAGS if flag in info.get("flags", "").split()],
-        "num_cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": platform.platform(),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-    }
+def _gpu(device: str) -> str | None:
+    return torch.cuda.get_device_name() if device == "cuda" else None
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

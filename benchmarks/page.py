@@ -19,10 +19,15 @@ _MIB = 2**20
 
 def update(page: Path, results: Path) -> None:
     """Put what a directory of results holds between the marks of a page."""
+    put(page, BEGIN, section(results))
+
+
+def put(page: Path, begin: str, shown: str) -> None:
+    """Put something between a mark of a page and the end mark that follows."""
     text = page.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
+    before, rest = text.split(begin)
     after = rest.split(END, 1)[1]
-    page.write_text(f"{before}{BEGIN}\n\n{section(results)}\n{END}{after}", encoding="utf-8")
+    page.write_text(f"{before}{begin}\n\n{shown}\n{END}{after}", encoding="utf-8")
 
 
 def section(results: Path) -> str:
@@ -84,7 +89,7 @@ def _speed(comparison: Mapping[str, Any]) -> str:
         )
         for row, ratios in zip(comparison["rows"], comparison["ratios"], strict=True)
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _memory(comparison: Mapping[str, Any]) -> str:
@@ -100,7 +105,7 @@ def _memory(comparison: Mapping[str, Any]) -> str:
         )
         for row, ratios in zip(comparison["rows"], comparison["ratios"], strict=True)
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _seconds(value: float) -> str:
@@ -111,6 +116,7 @@ def _mib(value: int) -> str:
     return f"{value / _MIB:,.0f} MiB"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; all columns but the first are numbers."""
     marks = ["---", *["--:"] * (len(head) - 1)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, marks, *rows))

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 MIB = 2**20
 
 
-def opt(blocks: int, width: int) -> Checkpoint:
+def opt(blocks: int, width: int, shard_bytes: int) -> Checkpoint:
     sizes = {
         "vocab_size": 512,
         "hidden_size": width,
@@ -55,7 +55,9 @@ def opt(blocks: int, width: int) -> Checkpoint:
         "num_attention_heads": 4,
         "max_position_embeddings": 64,
     }
-    return Checkpoint(name="opt", title="", family="opt", plan="", config=sizes)
+    return Checkpoint(
+        name="opt", title="", family="opt", plan="", config=sizes, shard_bytes=shard_bytes
+    )
 
 
 def run(code: str, *words: str) -> str:
@@ -94,7 +96,7 @@ def test_no_verb_holds_more_than_a_few_windows(tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=tmp_path) as root:  # not kept: a model of 600 MB
         for name, width in (("small", 64), ("large", 1024)):
             folder = Path(root) / name
-            write_checkpoint(opt(24, width), folder / "model", shard_bytes=10**8)
+            write_checkpoint(opt(24, width, shard_bytes=10**8), folder / "model")
             cut(folder / "model", "8-4-8", folder / "made")
             write_random_adapter(folder / "made", folder / "full")
             make_adapter(folder / "made", folder / "lora", method="lora", noise=0.01)
@@ -192,7 +194,7 @@ def test_plug_in_writes_the_shards_that_change_and_links_the_rest(
     tmp_path: Path, plan: str
 ) -> None:
     model = tmp_path / "model"
-    write_checkpoint(opt(12, 128), model, shard_bytes=500_000)
+    write_checkpoint(opt(12, 128, shard_bytes=500_000), model)
     write_random_adapter(cut(model, plan, tmp_path / "bundle"), tmp_path / "adapter")
     adapter = load_file(tmp_path / "adapter/adapter.safetensors")
     before = written_by_this_process()
