@@ -137,7 +137,7 @@ def _read_lines(piece: Piece) -> Iterator[tuple[int, Any]]:
 
 def _parsed(line: bytes, piece: Piece, position: int) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(line.rstrip().decode("utf-8"))
     except json.JSONDecodeError as error:
         # Its own message counts lines from this one.
         why = f"{error.msg} (column {error.colno})"
