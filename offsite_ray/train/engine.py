@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,6 +88,8 @@ class DeepSpeedEngine:
         self._autocast = config.dtype == "bf16" and not settings["bf16"]["enabled"]
         self._micro_batches = settings["gradient_accumulation_steps"]
         self._done = 0
+        self.reduce([0.0])  # a barrier: every worker has opened what the others share
+        _unlink_shared_memory(self.rank)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the parts of the loss, summed over the batch."""
@@ -226,6 +229,16 @@ class _CutInTensors:
 
 _PARTS: dict[int, Any] = {0: _Replicated, 1: _CutInGroups, 2: _CutInGroups, 3: _CutInTensors}
 """ZeRO stage to where DeepSpeed has laid what a worker holds."""
+
+
+def _unlink_shared_memory(rank: int) -> None:
+    """Take the name from the buffer that DeepSpeed shares between CPU workers, and never frees.
+
+    Who has it open keeps it; it goes with the last of them, however they end.
+    """
+    place = f"{os.environ.get('MASTER_ADDR')}_{os.environ.get('MASTER_PORT')}_{rank}"
+    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{place}"):
+        path.unlink(missing_ok=True)
 
 
 def _fresh(flat: Tensor, steps: int) -> dict[str, Tensor]:
