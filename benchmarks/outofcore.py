@@ -33,7 +33,7 @@ from benchmarks.processes import Ran, cache, imports_of, ran, uncache, verb
 from offsite_ray.results import to_plain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -82,6 +82,13 @@ class Measured:
     shape: Checkpoint
     model_bytes: int
     rows: tuple[Row, ...]
+    num_rounds: int
+    date: str
+    """ISO 8601, UTC."""
+    commit: str | None
+    """Of the working tree; None outside git."""
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +151,16 @@ def measure(shape: Checkpoint, folder: Path, num_rounds: int) -> Measured:
         rows += [measured(task, folder, num_rounds) for task in others]
     finally:
         _clear(folder)
-    return Measured(shape=shape, model_bytes=_size(_files(folder / "model")), rows=tuple(rows))
+    return Measured(
+        shape=shape,
+        model_bytes=_size(_files(folder / "model")),
+        rows=tuple(rows),
+        num_rounds=num_rounds,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        commit=commit(),
+        machine=machine(),
+        versions={"python": platform.python_version(), **{n: version(n) for n in _PACKAGES}},
+    )
 
 
 def measured(task: Task, folder: Path, num_rounds: int) -> Row:
@@ -231,27 +247,6 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure every shape that was asked for."""
-    models = []
-    for name in args.shape or _DEFAULT_SHAPES:
-        folder = args.cache.resolve() / name
-        models.append(measure(CHECKPOINTS[name], folder, args.rounds))
-        if args.discard:
-            shutil.rmtree(folder)
-    result: dict[str, Any] = to_plain(
-        {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": commit(),
-            "machine": machine(),
-            "versions": {"python": platform.python_version(), **{n: version(n) for n in _PACKAGES}},
-            "rounds": args.rounds,
-            "models": models,
-        }
-    )
-    return result
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -276,14 +271,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write the result, update the page and print the tables."""
     args = _parse(argv)
-    result = run(args)
     args.results.mkdir(parents=True, exist_ok=True)
     out = args.results / "outofcore.json"
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for name in args.shape or _DEFAULT_SHAPES:
+        folder = args.cache.resolve() / name
+        found = to_plain(measure(CHECKPOINTS[name], folder, args.rounds))
+        if args.discard:
+            shutil.rmtree(folder)
+        # Beside the other shapes, which may have been measured at another time.
+        known = json.loads(out.read_text("utf-8")) if out.exists() else {}
+        result = {n: {**known, name: found}[n] for n in CHECKPOINTS if n in {*known, name}}
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        _say(f"{out} written")
     print(tables(result))
     if args.results == RESULTS:
         put(PAGE, BEGIN, tables(result))
-    _say(f"{out} written")
 
 
 if __name__ == "__main__":

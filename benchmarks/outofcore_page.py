@@ -20,21 +20,18 @@ TIME_BAR = 1.5
 
 
 def tables(result: Mapping[str, Any]) -> str:
-    """Return on what it was measured, and two tables for each model."""
-    machine = result["machine"]
-    flags = ", ".join(machine["cpu_flags"])
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    parts = [
-        f"{machine['cpu']} ({flags}), {machine['num_cores']} cores, "
-        f"{machine['memory_bytes'] / 2**30:.1f} GiB, {machine['system']}; {versions}; "
-        f"{result['date']}, commit {result['commit'] or 'unknown'}. Memory: the most of "
-        f"{result['rounds']} runs; seconds: their median.\n"
-    ]
-    for model in result["models"]:
-        shape = model["shape"]
+    """Return two tables for each model, and on what it was measured."""
+    parts = []
+    for model in result.values():
+        shape, machine = model["shape"], model["machine"]
+        flags = ", ".join(machine["cpu_flags"])
+        versions = ", ".join(f"{name} {number}" for name, number in model["versions"].items())
         parts += [
             f"**{shape['title']}**, {model['model_bytes'] / 1e9:.1f} GB in bf16, plan "
-            f"{shape['plan']}.\n",
+            f"{shape['plan']}. {machine['cpu']} ({flags}), {machine['num_cores']} cores, "
+            f"{machine['memory_bytes'] / 2**30:.1f} GiB, {machine['system']}; {versions}; "
+            f"{model['date']}, commit {model['commit'] or 'unknown'}; "
+            f"{model['num_rounds']} runs of each verb.\n",
             _memory(model),
             _time(model),
         ]
