@@ -76,7 +76,7 @@ class TensorInfo:
 
 
 class TensorDirectory:
-    """The tensors of a model directory, mapped into memory and read on demand."""
+    """The tensors of a model directory, read on demand."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         """Read and check the headers of the files.
@@ -86,7 +86,6 @@ class TensorDirectory:
         """
         self.files = tuple(files)
         self.tensors: dict[str, TensorInfo] = {}
-        self._maps: dict[Path, mmap.mmap] = {}
         for file in self.files:
             for info in read_header(file):
                 if info.name in self.tensors:
