@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 # DeepSpeed looks for ninja on the PATH when it compiles its extensions.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help demo test check format bench-finetune bench-outofcore clean
+.PHONY: help demo test check format bench-finetune bench-outofcore bench-prepare clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -45,6 +45,9 @@ bench-finetune: $(STAMP) ## Measure fine-tuning: full, LoRA, offsite; ARGS goes 
 
 bench-outofcore: $(STAMP) ## Measure compress, plug-in, verify of 7B models; ARGS goes to the script
 	python benchmarks/outofcore.py $(ARGS)
+
+bench-prepare: $(STAMP) ## Measure prepare: speed of two workers, memory; ARGS goes to the script
+	python benchmarks/prepare.py $(ARGS)
 
 clean: ## Remove the environment, builds and caches
 	rm -rf $(VENV) build dist *.egg-info

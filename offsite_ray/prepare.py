@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from offsite_ray import errors
 from offsite_ray.cluster import check_room, embedded_ray
 from offsite_ray.data import PartWriter, WrittenPart
-from offsite_ray.errors import ClusterError, first_line
+from offsite_ray.errors import ClusterError
 from offsite_ray.results import to_plain
 
 if TYPE_CHECKING:
@@ -54,7 +54,9 @@ def write_on_ray(writer: PartWriter, num_workers: int) -> Generator[WrittenPart,
                 for row in rows:
                     yield _result(row)
             except RayError as error:
-                raise ClusterError(f"preparing on Ray failed: {first_line(error)}") from error
+                # The page that Ray makes of an error ends with the error.
+                last = str(error).strip().splitlines()[-1][:500]
+                raise ClusterError(f"preparing on Ray failed: {last}") from error
 
 
 class Attempts:
@@ -85,7 +87,7 @@ def _rows(writer: PartWriter, num_workers: int) -> Generator[dict[str, str], Non
     with DataContext.current(context):
         parts = from_items(items, override_num_blocks=num_parts).map(
             lambda row: _write_part(reference, attempts, int(row["index"])),
-            compute=TaskPoolStrategy(size=num_workers),
+            compute=TaskPoolStrategy(size=min(num_workers, num_parts)),
             num_cpus=1,
         )
         # A generator, though typed as an iterator: closed, it stops the workers at once.

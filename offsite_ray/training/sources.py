@@ -46,8 +46,9 @@ def prepared_for(
     if seq_len is not None and seq_len > longest:
         raise ConfigError(f"seq_len={seq_len} is more than the model's {longest} positions")
     prepared = [source for source in sources if is_prepared(source)]
+    name = place_of(prepared[0]).name if prepared else ""
     if prepared and len(sources) > 1:
-        raise ConfigError(f"{prepared[0]} is prepared data; give it alone, or prepare all together")
+        raise ConfigError(f"{name} is prepared data; give it alone, or prepare all together")
     if not prepared:
         data = run_dir / "data"
         if not is_prepared(data):
@@ -57,12 +58,12 @@ def prepared_for(
     found = open_prepared(_at_hand(prepared[0], run_dir), model_dir, config.vocab_size)
     if found.block_size > longest:
         raise ConfigError(
-            f"{prepared[0]} has blocks of {found.block_size} tokens, more than the model's "
+            f"{name} has blocks of {found.block_size} tokens, more than the model's "
             f"{longest} positions; prepare it with --block-size {longest}"
         )
     if seq_len not in (None, found.block_size):
         raise ConfigError(
-            f"{prepared[0]} has blocks of {found.block_size} tokens, not seq_len={seq_len}; leave "
+            f"{name} has blocks of {found.block_size} tokens, not seq_len={seq_len}; leave "
             "--seq-len out, or prepare the text anew"
         )
     return found
