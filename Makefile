@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 # DeepSpeed looks for ninja on the PATH when it compiles its extensions.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help demo test check format bench-finetune bench-outofcore bench-prepare clean
+.PHONY: help demo test check format bench-distill bench-finetune bench-quality bench-outofcore bench-prepare clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -48,6 +48,12 @@ bench-outofcore: $(STAMP) ## Measure compress, plug-in, verify of 7B models; ARG
 
 bench-prepare: $(STAMP) ## Measure prepare: speed of two workers, memory; ARGS goes to the script
 	python benchmarks/prepare.py $(ARGS)
+
+bench-distill: $(STAMP) ## Measure distillation: plain way, ZeRO, overhead; ARGS goes to the script
+	python benchmarks/distill.py $(ARGS)
+
+bench-quality: $(STAMP) ## Measure what distillation does for the plug-in; ARGS goes to the script
+	python benchmarks/quality.py $(ARGS)
 
 clean: ## Remove the environment, builds and caches
 	rm -rf $(VENV) build dist *.egg-info

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 PHASES = ("data", "forward", "backward", "optimizer")
 """``data`` is all that is none of the others: rows, the sum of the losses, the record."""
 
-_NUM_ROWS = 16
+NUM_ROWS = 16
 _FIRST_TOKEN = 4
 """Those before have a meaning of their own, e.g. padding."""
 
@@ -89,16 +89,21 @@ class RandomRows(FinetuneTask):
 
     def datasets(self) -> tuple[TokenBlocks, TokenBlocks]:
         """Return rows of one document each."""
-        shape = (self.data.num_blocks, self.data.block_size)
-        vocab = load_config(self.model).vocab_size
-        draw = np.random.default_rng(self.config.seed)
-        tokens = draw.integers(_FIRST_TOKEN, vocab, shape, dtype=np.int32)
-        positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-        blocks = [
-            {"input_ids": row, "labels": row, "position_ids": place}
-            for row, place in zip(tokens, positions, strict=True)
-        ]
-        return TokenBlocks(blocks, range(shape[0])), TokenBlocks(blocks, [0])
+        return random_rows(self.model, self.data, self.config.seed)
+
+
+def random_rows(model: str, data: PreparedData, seed: int) -> tuple[TokenBlocks, TokenBlocks]:
+    """Return rows of random tokens, one document each, and one of them as held out."""
+    shape = (data.num_blocks, data.block_size)
+    vocab = load_config(model).vocab_size
+    draw = np.random.default_rng(seed)
+    tokens = draw.integers(_FIRST_TOKEN, vocab, shape, dtype=np.int32)
+    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    blocks = [
+        {"input_ids": row, "labels": row, "position_ids": place}
+        for row, place in zip(tokens, positions, strict=True)
+    ]
+    return TokenBlocks(blocks, range(shape[0])), TokenBlocks(blocks, [0])
 
 
 class TimedEngine(TorchEngine):
@@ -137,7 +142,7 @@ def measure(job: Job) -> Measured:
     """Train for some steps and say what it took."""
     device = torch.device(job.device)
     import_everything(job)
-    imported = _memory(device, peak=False)
+    imported = memory(device, peak=False)
     start = time.perf_counter()
     task = task_of(job)
     engine = TimedEngine(task, task.config)
@@ -153,7 +158,7 @@ def measure(job: Job) -> Measured:
         phase_seconds={phase: tuple(step[phase] for step in measured) for phase in PHASES},
         losses=tuple(losses),
         imported_bytes=imported,
-        peak_bytes=_memory(device, peak=True),
+        peak_bytes=memory(device, peak=True),
     )
 
 
@@ -192,7 +197,7 @@ def task_of(job: Job) -> RandomRows:
         indices=None if whole else tuple(host.positions.values()),
         config=config,
         data=PreparedData(
-            path=host.path, block_size=job.seq_len, num_blocks=_NUM_ROWS, tokenizer="none"
+            path=host.path, block_size=job.seq_len, num_blocks=NUM_ROWS, tokenizer="none"
         ),
         use_positions=True,
     )
@@ -213,7 +218,7 @@ def _run(engine: TimedEngine, task: RandomRows) -> tuple[list[dict[str, float]],
     return steps, losses
 
 
-def _memory(device: torch.device, *, peak: bool) -> int:
+def memory(device: torch.device, *, peak: bool) -> int:
     """Return the bytes in use: now, or the most so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
