@@ -100,7 +100,9 @@ def _reference(result: Mapping[str, Any], text: str) -> str:
         f"full zero-shot {_cell(full, 'nats')}",
         f"bound {_cell(bound, 'bound')} (one seed)",
     ]
-    return f"**{text}**: {', '.join(shown)}."
+    gained = full is not None and bound is not None and bound["bound"] < full["nats"]
+    said = "" if gained else " The tuning gains nothing here, not even in the bound."
+    return f"**{text}**: {', '.join(shown)}.{said}"
 
 
 def _cell(cell: Mapping[str, Any] | None, name: str) -> str:
@@ -194,8 +196,20 @@ def _course(result: Mapping[str, Any], texts: list[str]) -> str:
         parts += [
             f"Plug-in on {text}, seed {seeds}:\n",
             table(("distilled by", *columns), rows),
+            _best_by_tokens(result, text),
         ]
     return "\n".join(parts)
+
+
+def _best_by_tokens(result: Mapping[str, Any], text: str) -> str:
+    """Say which loss has the best plug-in after how many tokens."""
+    best = []
+    for mark, tokens in result["tokens"].items():
+        plug_ins = {loss: _plug_in(result, loss, text, mark) for loss in result["rates"]}
+        known = {loss: found.value for loss, found in plug_ins.items() if found is not None}
+        if known:
+            best.append(f"*{min(known, key=known.__getitem__)}* after {tokens:,}")
+    return f"Best per token: {', '.join(best) or 'not measured'}.\n"
 
 
 def _public(result: Mapping[str, Any], loss: str, mark: str) -> str:
