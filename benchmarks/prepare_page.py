@@ -38,7 +38,9 @@ def _conditions(result: Mapping[str, Any]) -> str:
 
 
 def _speed(result: Mapping[str, Any]) -> str:
-    head = ("throughput", "text", "tokens", "seconds", "tokens/s", "x one process", "start-up")
+    head = (
+        "throughput", "text", "tokens", "seconds", "tokens/s", "x one process", "CPU", "start-up",
+    )  # fmt: skip
     alone = {
         row["text_bytes"]: best(row)["seconds"] for row in result["rows"] if row["num_workers"] == 0
     }
@@ -50,6 +52,7 @@ def _speed(result: Mapping[str, Any]) -> str:
             f"{best(row)['seconds']:.1f}",
             f"{best(row)['num_tokens'] / best(row)['seconds']:,.0f}",
             f"{alone[row['text_bytes']] / best(row)['seconds']:.2f}",
+            f"{best(row)['cpu_seconds']:.1f} s",
             f"{min(run['start_seconds'] for run in row['runs']):.1f} s",
         )
         for row in result["rows"]

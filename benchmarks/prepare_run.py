@@ -56,6 +56,8 @@ class Run:
     start_seconds: float
     """From the start of the process to the end of the small text."""
     seconds: float
+    cpu_seconds: float
+    """Of this process and its children, Ray's own among them, meanwhile."""
     num_tokens: int
     digest: str
     process_bytes: int
@@ -86,14 +88,15 @@ def measure(job: Job) -> Run:
         prepare([job.small_source], out=f"{job.out}-small")
         parts._PART_BYTES = usual
         start_seconds = time.time() - psutil.Process().create_time()
-        start = time.perf_counter()
+        start, used = time.perf_counter(), _cpu_seconds()
         result = prepare([job.source], out=job.out)
-        seconds = time.perf_counter() - start
+        seconds, used = time.perf_counter() - start, _cpu_seconds() - used
         process_bytes, worker_bytes = _peak(psutil.Process()), _worker_peaks(job.num_workers)
     opened, read = _read(job)
     return Run(
         start_seconds=start_seconds,
         seconds=seconds,
+        cpu_seconds=used,
         num_tokens=result.num_tokens,
         digest=result.digest,
         process_bytes=process_bytes,
@@ -125,6 +128,12 @@ def _read(job: Job) -> tuple[float, float]:
     for row in rows:
         train[int(row)]
     return opened, (time.perf_counter() - start) / _BLOCKS_READ
+
+
+def _cpu_seconds() -> float:
+    own = psutil.Process()
+    times = [process.cpu_times() for process in (own, *own.children(recursive=True))]
+    return float(sum(spent.user + spent.system for spent in times))
 
 
 def _worker_peaks(num_workers: int) -> tuple[int, ...]:
