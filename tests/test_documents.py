@@ -65,6 +65,8 @@ def test_a_text_file_is_one_document_and_a_folder_all_its_files(tmp_path: Path) 
     (tmp_path / "b.txt").write_text("first line\n\nsecond \u00fc", encoding="utf-8")
     write_rows(tmp_path / "deep/a.jsonl", DOCUMENTS["text"])
     (tmp_path / "notes.md").write_text("no data")
+    (tmp_path / "deep/circle").symlink_to(tmp_path)
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
     text = {"text": "first line\n\nsecond \u00fc"}
     assert list(read_documents([str(tmp_path / "b.txt")])) == [text]
     assert list(read_documents([str(tmp_path)])) == [text, *DOCUMENTS["text"]]

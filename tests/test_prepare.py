@@ -19,7 +19,15 @@ from moto.server import ThreadedMotoServer
 from offsite_ray.architectures import load_config
 from offsite_ray.cli import main
 from offsite_ray.cli.preparing import PartLines
-from offsite_ray.data import PartsRecord, is_prepared, parts, place_of, write_blocks
+from offsite_ray.data import (
+    PartsRecord,
+    fetch_prepared,
+    is_prepared,
+    open_prepared,
+    parts,
+    place_of,
+    write_blocks,
+)
 from offsite_ray.data.manifest import DATA_MANIFEST
 from offsite_ray.errors import ClusterError, ConfigError, DataError, StorageError
 from offsite_ray.prepare import write_on_ray
@@ -301,6 +309,22 @@ def test_two_that_write_one_prefix_do_not_mix(
     with pytest.raises(StorageError, match="s3://texts/two holds prepared data"):
         write_blocks([sources], tokenizer_dir, 64, out, write_parts=interrupted)
     assert len({name.split("/")[0] for name in names("two", s3)}) == 2
+    fetch_prepared(place_of(out), tmp_path / "copy")
+    assert open_prepared(tmp_path / "copy", tokenizer_dir, 128).block_size == 32
+
+
+def test_two_that_write_the_same_to_one_prefix_both_end_well(
+    tokenizer_dir: Path, sources: str, tmp_path: Path, s3: str
+) -> None:
+    out = uri("same", s3)
+
+    def interrupted(writer: PartWriter) -> Generator[WrittenPart, None, None]:
+        write_blocks([sources], tokenizer_dir, 64, out)
+        yield from map(writer, range(len(writer.parts)))
+
+    result = write_blocks([sources], tokenizer_dir, 64, out, write_parts=interrupted)
+    fetch_prepared(place_of(out), tmp_path / "copy")
+    assert open_prepared(tmp_path / "copy", tokenizer_dir, 128).digest == result.digest
 
 
 def test_training_fetches_what_it_reads_often(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -51,8 +52,12 @@ class Place:
 
     def files(self) -> Iterator[tuple[Place, int]]:
         """Yield every file in this directory and those in it with its bytes, ordered by path."""
-        selector = FileSelector(self.path, recursive=True)
-        infos = self.filesystem.get_file_info(selector)
+        if self.is_local:
+            # pyarrow would follow links to directories, in circles if need be.
+            for path in sorted(path for path in Path(self.path).rglob("*") if path.is_file()):
+                yield self.below(str(path.relative_to(self.path))), path.stat().st_size
+            return
+        infos = self.filesystem.get_file_info(FileSelector(self.path, recursive=True))
         for info in sorted(infos, key=lambda info: info.path):
             if info.type == FileType.File:
                 yield self.below(info.path[len(self.path.rstrip("/")) + 1 :]), info.size

@@ -76,16 +76,18 @@ class _Prefix(Publication):
     """A prefix in an object store, where nothing can be renamed: the manifest is written last.
 
     Files go below a name that what they are made of decides. So a run that is started once more
-    overwrites what a killed one left, and one of other data at the same time leaves it alone.
+    overwrites what a killed one left, or what one at the same time writes, with the very same; and
+    one of other data leaves it alone.
     """
 
     def __init__(self, place: Place) -> None:
         self._place = place
+        self._manifest = place.below(DATA_MANIFEST)
         self._folder: Place | None = None
         self._prefix = ""
 
     def check_free(self) -> None:
-        if self._place.below(DATA_MANIFEST).is_file():
+        if self._manifest.is_file():
             raise StorageError(f"{self._place.name} holds prepared data; choose another --out")
 
     def folder(self, run: str) -> Place:
@@ -95,6 +97,8 @@ class _Prefix(Publication):
         return self._folder
 
     def publish(self, manifest: DataManifest) -> None:
+        if self._is_published():
+            return  # by another that made the very same
         self.check_free()
         for file in manifest.files:
             place = self._place.below(f"{self._prefix}/{file.name}")
@@ -104,13 +108,19 @@ class _Prefix(Publication):
                     "same --out perhaps; run it again"
                 )
         text = manifest.below(self._prefix).to_text()
-        with self._place.filesystem.open_output_stream(
-            self._place.below(DATA_MANIFEST).path
-        ) as file:
+        with self._manifest.filesystem.open_output_stream(self._manifest.path) as file:
             file.write(text.encode("utf-8"))
 
     def clear(self) -> None:
         """Remove what was written, as far as the store can be reached."""
         if self._folder is not None:
             with contextlib.suppress(OSError, pa.ArrowException):
-                self._folder.filesystem.delete_dir(self._folder.path)
+                if not self._is_published():
+                    self._folder.filesystem.delete_dir(self._folder.path)
+
+    def _is_published(self) -> bool:
+        """Return whether there is a manifest, and of the files in the folder of this run."""
+        if not self._manifest.is_file():
+            return False
+        with self._manifest.filesystem.open_input_stream(self._manifest.path) as file:
+            return f'"{self._prefix}/'.encode() in file.read()
