@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 # DeepSpeed looks for ninja on the PATH when it compiles its extensions.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help demo test check format bench-distill bench-finetune bench-quality bench-outofcore bench-prepare clean
+.PHONY: help demo test check format bench-distill bench-estimate bench-finetune bench-quality bench-outofcore bench-prepare clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -42,6 +42,9 @@ format: $(STAMP) ## Format, and fix what lint can fix
 
 bench-finetune: $(STAMP) ## Measure fine-tuning: full, LoRA, offsite; ARGS goes to the script
 	python benchmarks/finetune.py $(ARGS)
+
+bench-estimate: $(STAMP) ## Compare predicted memory with measured; ARGS goes to the script
+	python benchmarks/estimate.py $(ARGS)
 
 bench-outofcore: $(STAMP) ## Measure compress, plug-in, verify of 7B models; ARGS goes to the script
 	python benchmarks/outofcore.py $(ARGS)

@@ -21,7 +21,18 @@ SETTINGS = (
 
 
 _OWN_BUSINESS = frozenset(
-    {"model", "bundle", "data", "out", "resume", "log_dir", "report_to", "max_failures", "teacher_cache"}
+    {
+        "model",
+        "bundle",
+        "data",
+        "out",
+        "resume",
+        "log_dir",
+        "report_to",
+        "max_failures",
+        "teacher_cache",
+        "dry_run",
+    }
 )
 """Settings that say where things lie, not how something is trained."""
 

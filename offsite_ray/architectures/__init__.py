@@ -14,6 +14,7 @@ from offsite_ray.architectures.families import FAMILIES, Family
 from offsite_ray.architectures.loading import (
     DTYPES,
     config_values,
+    drop_dropout,
     load_config,
     load_model,
     load_tokenizer,
@@ -39,6 +40,7 @@ __all__ = [
     "check_separable",
     "config_values",
     "disk_state",
+    "drop_dropout",
     "empty_model",
     "get_blocks",
     "kept_config",

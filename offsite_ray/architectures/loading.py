@@ -30,7 +30,7 @@ from offsite_ray.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.configuration_utils import PretrainedConfig
@@ -41,8 +41,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
-def model_directory(name: str | Path) -> Path:
+def model_directory(name: str | Path, files: Sequence[str] = _HUB_FILES) -> Path:
     """Return the directory of a model: a local one, or a snapshot of a hub repository.
+
+    Args:
+        name: A directory, or the name of a repository.
+        files: What is wanted of a repository.
 
     Raises:
         StorageError: There is neither.
@@ -55,7 +59,7 @@ def model_directory(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(str(name), allow_patterns=list(files)))
     except Exception as error:
         raise StorageError(
             f"{name} is no directory, and cannot be had from the model hub: {first_line(error)}"
@@ -135,7 +139,7 @@ def load_model(
     """
     config = load_config(directory)
     if not dropout:
-        _drop_dropout(config)
+        drop_dropout(config)
     cls = model_class(config, auto_class)
     try:
         with quiet_transformers():
@@ -183,7 +187,8 @@ def _add_bottlenecks(
         raise IntegrityError(f"{file}: tensor {min(odd)!r} is missing or of no bottleneck")
 
 
-def _drop_dropout(config: PretrainedConfig) -> None:
+def drop_dropout(config: PretrainedConfig) -> None:
+    """Set every dropout rate of a config to zero, in place."""
     for name, value in config.to_dict().items():
         if isinstance(value, float) and ("drop" in name):
             setattr(config, name, 0.0)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import TextIO
 
-    from rich.table import Table
+    from rich.console import RenderableType
 
 _MOST_ENTRIES = 20
 """Entries of a nested list or mapping that a summary shows."""
@@ -30,7 +30,7 @@ class Outcome:
 
     plain: Mapping[str, Any]
     """What ``--json`` prints."""
-    table: Table | None = None
+    table: RenderableType | None = None
     """What stands in for the summary of ``plain``, if anything."""
 
 
@@ -99,7 +99,7 @@ def show(outcome: Outcome, stream: TextIO, *, as_json: bool) -> None:
         write(stream, summary(outcome.plain))
 
 
-def _rendered(table: Table, stream: TextIO) -> str:
+def _rendered(table: RenderableType, stream: TextIO) -> str:
     from rich.console import Console
 
     terminal = stream.isatty()

@@ -54,6 +54,10 @@ def _write_parts(config: configs.PrepareConfig) -> Callable[..., Any]:
 
 
 def _distill(config: configs.DistillConfig) -> Outcome:
+    if config.dry_run:
+        from offsite_ray.estimate import dry_run
+
+        return Outcome(plain=to_plain(dry_run(config, notice=tell)))
     from offsite_ray.distillation import distill
     from offsite_ray.training.metrics import logged
 
@@ -109,6 +113,13 @@ def _evaluate(config: configs.EvaluateConfig) -> Outcome:
         page, _ = write_report(Path(config.report), result, title=title)
         tell(f"wrote {page}")
     return Outcome(plain=result.to_json(), table=terminal_table(result))
+
+
+def _estimate(config: configs.EstimateConfig) -> Outcome:
+    from offsite_ray.estimate import estimate, estimate_tables
+
+    result = estimate(config, tell)
+    return Outcome(plain=to_plain(result), table=estimate_tables(result, config))
 
 
 def _inspect(config: configs.InspectConfig) -> Outcome:
@@ -170,6 +181,12 @@ VERBS: dict[str, Verb] = {
             configs.EvaluateConfig,
             "measure the five settings, the bound and the gaps",
             _evaluate,
+        ),
+        Verb(
+            "estimate",
+            configs.EstimateConfig,
+            "predict bytes, memory and time, before you pay for GPUs",
+            _estimate,
         ),
         Verb(
             "inspect",

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from offsite_ray.architectures import Notice, disk_state
+import torch
+
+from offsite_ray.architectures import Notice, disk_state, empty_model
 from offsite_ray.bundle import check_free
 from offsite_ray.distillation.cache import cache_task, ensure_cache, needed_ends
+from offsite_ray.distillation.module import TEACHER, distillation_module
 from offsite_ray.distillation.task import DistillTask
 from offsite_ray.distillation.teacher import fill_here
 from offsite_ray.emulator import (
@@ -22,6 +25,7 @@ from offsite_ray.emulator import (
     write_distilled,
 )
 from offsite_ray.errors import ConfigError
+from offsite_ray.rehearsal import empty_batch, rehearse
 from offsite_ray.results import TrainingHistory, recipe_of
 from offsite_ray.training import LANGUAGE_MODEL, Fit, Report, keeps_documents_apart, run_directory
 from offsite_ray.training.sources import prepared_for
@@ -96,6 +100,7 @@ def distill(
             use_positions=apart,
             cache=cache,
         )
+        task = replace(task, flops_per_token=_flops_per_token(task, full, bundle))
         outcome = fit(task, config, run_dir, report)
         history = outcome.history
         recipe = recipe_of(
@@ -119,6 +124,28 @@ def distill(
         history=history,
         seconds=time.perf_counter() - start,
     )
+
+
+def _flops_per_token(task: DistillTask, full: FullModel, bundle: EmulatorBundle) -> float | None:
+    """Return the operations of a step for each token, where something is to be told of them."""
+    config, length = task.config, task.data.block_size
+    if not (config.log_dir or config.report_to or config.peak_tflops):
+        return None
+    module = distillation_module(
+        empty_model(full.config) if task.runs_teacher else None,
+        empty_model(bundle.config),
+        bundle.arch,
+        task.plan,
+        replace(config, compile=False, gradient_checkpointing=False),
+        use_positions=False,
+    )
+    batch = empty_batch(1, length, positions=False)
+    if task.cache is not None:
+        batch |= {
+            f"{TEACHER}{end}": torch.empty(1, *task.cache.key.shape, device="meta")
+            for end in task.cache.key.ends
+        }
+    return rehearse(module, batch, autocast=False).operations.useful / length
 
 
 def _filled_cache(

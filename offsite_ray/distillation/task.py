@@ -41,6 +41,8 @@ class DistillTask:
     use_positions: bool
     cache: CacheTask | None = None
     """Where the teacher's outputs are read from; None: the teacher runs."""
+    flops_per_token: float | None = None
+    """Operations of a training step for each token, without recomputation; None: not counted."""
 
     @property
     def loss_weights(self) -> Mapping[str, float]:
@@ -60,11 +62,6 @@ class DistillTask:
     def runs_teacher(self) -> bool:
         """Whether the full model is needed in memory."""
         return self.cache is None and any(loss.needs_teacher for loss in self._losses.values())
-
-    @property
-    def flops_per_token(self) -> float | None:
-        """Operations of a training step for each token, without recomputation; not known yet."""
-        return None
 
     def build(self, device: torch.device) -> nn.Module:
         """Return the module that is trained; see :func:`distillation_module`."""

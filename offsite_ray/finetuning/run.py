@@ -31,15 +31,14 @@ from offsite_ray.emulator import (
 )
 from offsite_ray.finetuning.host import Host, host_of_bundle, host_of_full_model
 from offsite_ray.finetuning.methods import finetuning_method
+from offsite_ray.finetuning.module import finetuning_module
 from offsite_ray.finetuning.writing import write_plugged_in
 from offsite_ray.results import TrainingHistory, recipe_of
 from offsite_ray.training import (
     LANGUAGE_MODEL,
     Fit,
-    LanguageModelLoss,
     Report,
     TrainingOutcome,
-    enable_checkpointing,
     keeps_documents_apart,
     run_directory,
     set_dtypes,
@@ -78,7 +77,7 @@ class FinetuneTask:
 
     @property
     def flops_per_token(self) -> float | None:
-        """Operations of a training step for each token, without recomputation; not known yet."""
+        """Operations of a training step for each token, without recomputation; not counted."""
         return None
 
     def build(self, device: torch.device) -> nn.Module:
@@ -87,18 +86,13 @@ class FinetuneTask:
         stored = None if compute is torch.bfloat16 else compute
         model = load_model(self.model, dtype=stored, dropout=False)
         arch = resolve_architecture(load_config(self.model), self.blocks)
-        model.requires_grad_(self.indices is None)
-        if self.indices is not None:
-            method = finetuning_method(self.config.method)
-            # What a method draws is the same on every worker and after a resume.
-            torch.manual_seed(self.config.seed)
-            method.prepare(model, arch, self.indices, self.config)
-        set_dtypes(model, compute)
+        module = finetuning_module(
+            model, arch, self.indices, self.config, use_positions=self.use_positions
+        )
+        set_dtypes(module, compute)
         if device.type == "cpu" and stored is None and self.config.method == "full":
             _map_frozen_anew(model, self.model)
-        if self.config.gradient_checkpointing:
-            enable_checkpointing(model)
-        return LanguageModelLoss(model, use_positions=self.use_positions).to(device)
+        return module.to(device)
 
     def datasets(self) -> tuple[TokenBlocks, TokenBlocks]:
         """Return the rows to train on and the held-out ones."""

@@ -35,6 +35,7 @@ FREE_TO_CHANGE = frozenset(
     {
         "checkpoint_every",
         "compile",
+        "dry_run",
         "keep_best",
         "log_dir",
         "max_failures",

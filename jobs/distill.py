@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""From a full model to a distilled emulator on a Ray cluster, as a job, by one recipe.
+
+ray job submit --address http://HEAD:8265 --working-dir . -- \
+    python jobs/distill.py --root /mnt/storage --config jobs/recipes/opt-1.3b.yaml
+
+Runs offsite-ray compress, prepare and distill with the recipe, but for what is there already; so
+the same command goes on with a run that was stopped. VERB.KEY=VALUE sets something else for one
+verb, e.g. distill.num_workers=4. Paths in a recipe are below --root, which every node must see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from offsite_ray.cli import main as offsite_ray
+from offsite_ray.cli.arguments import parse
+from offsite_ray.cli.verbs import VERBS
+from offsite_ray.errors import ConfigError, OffsiteError
+from offsite_ray.results import to_plain
+
+if TYPE_CHECKING:
+    from offsite_ray.config import CompressConfig, DistillConfig, PrepareConfig
+
+STEPS = ("compress", "prepare", "distill")
+
+
+def main(argv: list[str]) -> int:
+    """Run the steps whose result is not there; return the exit status of the first that fails."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="recipe")
+    parser.add_argument("--root", default=".", help="folder that the recipe's paths are below")
+    parser.add_argument("--dry-run", action="store_true", help="print plan, estimate and resources")
+    parser.add_argument("overrides", nargs="*", metavar="VERB.KEY=VALUE")
+    args = parser.parse_args(argv)
+    try:
+        words = words_of_steps(Path(args.config).resolve(), args.overrides)
+        os.chdir(args.root)
+        configs = [parse(VERBS[step], words[step], VERBS).config for step in STEPS]
+        if args.dry_run:
+            return say(*configs)
+    except OffsiteError as error:
+        print(f"offsite-ray: error: {error}", file=sys.stderr)
+        return error.exit_status
+    for step, config in zip(STEPS, configs, strict=True):
+        if not Path(config.out).exists() and (status := offsite_ray([step, *words[step]])):
+            return status
+    return 0
+
+
+def say(compress: CompressConfig, prepare: PrepareConfig, distill: DistillConfig) -> int:
+    """Print what distill would take, as JSON, also where its bundle is yet to be made."""
+    from offsite_ray.estimate import dry_run
+
+    found = dry_run(distill, plan=compress.plan, seq_len=prepare.block_size)
+    print(json.dumps(to_plain(found), indent=2))
+    return 0
+
+
+def words_of_steps(recipe: Path, overrides: list[str]) -> dict[str, list[str]]:
+    """Return the words behind each verb; raise :class:`ConfigError` for one of no verb here."""
+    for word in overrides:
+        if word.partition(".")[0] not in STEPS:
+            raise ConfigError(f"{word!r} begins with none of {', '.join(f'{s}.' for s in STEPS)}")
+    return {
+        step: ["--config", str(recipe), *(w for w in overrides if w.startswith(f"{step}."))]
+        for step in STEPS
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

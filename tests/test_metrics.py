@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the numbers of a run go: a file of lines, TensorBoard, services."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from offsite_ray.config import DistillConfig
+from offsite_ray.distillation import distill
+from offsite_ray.errors import ConfigError
+from offsite_ray.results import EvalRecord, Record, RunStart, StepRecord
+from offsite_ray.training import run_here
+from offsite_ray.training.metrics import METRICS_FILE, logged
+from tests.loops import Loop, Stopped, ignore, stop_after
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def config(loop: Loop, tmp_path: Path, **changes: Any) -> DistillConfig:
+    given: dict[str, Any] = {
+        "model": str(loop.model),
+        "bundle": str(loop.bundle),
+        "data": (str(loop.text),),
+        "out": str(tmp_path / "out"),
+        "max_steps": 6,
+        "eval_every": 3,
+        "checkpoint_every": 2,
+        "batch_size": 4,
+        "seq_len": 32,
+        "num_workers": 0,
+        "log_dir": str(tmp_path / "logs"),
+        "peak_tflops": 1.0,
+        **changes,
+    }
+    return DistillConfig(**given)
+
+
+def run(given: DistillConfig, report: Any = ignore) -> None:
+    with logged(given, report) as both:
+        distill(given, run_here, both)
+
+
+def lines(tmp_path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (tmp_path / "logs" / METRICS_FILE).open()]
+
+
+def points(tmp_path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return what TensorBoard's own files hold, by name."""
+    from tensorboardX.event_file_writer import EventFileWriter  # noqa: F401  # it is installed
+    from tensorboardX.proto.event_pb2 import Event
+
+    found: dict[str, list[tuple[int, float]]] = {}
+    for file in sorted((tmp_path / "logs").glob("events.*")):
+        data, position = file.read_bytes(), 0
+        while position < len(data):
+            length = int.from_bytes(data[position : position + 8], "little")
+            event = Event.FromString(data[position + 12 : position + 12 + length])
+            position += 16 + length
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return found
+
+
+def test_every_step_and_evaluation_is_written(loop: Loop, tmp_path: Path) -> None:
+    seen: list[Record] = []
+    run(config(loop, tmp_path), seen.append)
+    steps = [record for record in seen if isinstance(record, StepRecord)]
+    written = lines(tmp_path)
+    assert [line["step"] for line in written] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
+    trained = [line for line in written if "train/loss" in line]
+    assert [line["train/loss"] for line in trained] == [record.losses["loss"] for record in steps]
+    expected = {"loss", "hidden", "lm", "learning_rate", "grad_norm", "tokens_per_s"}
+    expected |= {"flops_utilisation", "peak_memory_bytes"}
+    assert {f"train/{name}" for name in expected} == set(trained[0]) - {"step"}
+    assert all(0 < line["train/flops_utilisation"] < 1 for line in trained)
+    evaluated = [line for line in written if "eval/loss" in line]
+    names = {"eval/loss", "eval/hidden", "eval/lm", "eval/drift/1", "eval/drift/4", "step"}
+    assert all(set(line) == names for line in evaluated)
+    assert evaluated[-1]["eval/drift/4"] == pytest.approx(evaluated[-1]["eval/hidden"])
+
+
+def test_tensorboard_holds_the_same_numbers(loop: Loop, tmp_path: Path) -> None:
+    run(config(loop, tmp_path))
+    found = points(tmp_path)
+    written = [line for line in lines(tmp_path) if "train/loss" in line]
+    assert [step for step, _ in found["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    assert [value for _, value in found["train/loss"]] == pytest.approx(
+        [line["train/loss"] for line in written], rel=1e-6
+    )
+    assert [step for step, _ in found["eval/drift/1"]] == [0, 3, 6]
+
+
+def test_a_resumed_run_goes_on_in_the_same_file(loop: Loop, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        run(config(loop, tmp_path), stop_after(5))
+    assert [line["step"] for line in lines(tmp_path)][-1] == 5
+    with (tmp_path / "logs" / METRICS_FILE).open("a") as file:
+        file.write('{"step": 6, "tra')  # as a killed process leaves it
+    run(config(loop, tmp_path, resume=True))
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
+
+
+def test_a_new_run_begins_a_new_file(loop: Loop, tmp_path: Path) -> None:
+    run(config(loop, tmp_path))
+    run(config(loop, tmp_path, out=str(tmp_path / "again"), max_steps=1))
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 1]
+
+
+def test_workers_that_are_started_again_do_not_repeat_lines(loop: Loop, tmp_path: Path) -> None:
+    start = RunStart(total_steps=4, first_step=0, num_train=1, num_held_out=1)
+    again = RunStart(total_steps=4, first_step=2, num_train=1, num_held_out=1)
+    steps = [StepRecord(step=n, losses={"loss": float(n)}, learning_rate=0.1) for n in range(1, 5)]
+    evaluated = EvalRecord(step=0, losses={"loss": 9.0})
+    records: list[Record] = [start, evaluated, *steps[:3], again, *steps[2:]]
+    with logged(config(loop, tmp_path), ignore) as report:
+        for record in records:
+            report(record)
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 3, 4]
+
+
+def test_nothing_is_logged_unless_asked(loop: Loop, tmp_path: Path) -> None:
+    run(config(loop, tmp_path, log_dir=None))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_unknown_or_missing_service_is_said_before_anything_runs(
+    loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'wandb'"):
+        run(config(loop, tmp_path, report_to=("wandp",)))
+    for name in ("wandb", "mlflow"):
+        monkeypatch.setitem(__import__("sys").modules, name, None)
+        with pytest.raises(ConfigError, match=f"needs the package {name}; pip install it"):
+            run(config(loop, tmp_path, report_to=(name,)))
+    assert list(tmp_path.iterdir()) == []
