@@ -90,13 +90,19 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+_MANY = 20
+"""Names that one line can list beside a better answer."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """Return the one-line message for a name that is in no registry.
 
     Args:
         kind: What the name stands for, e.g. ``"fine-tuning method"``.
         name: The offending name.
-        known: Every allowed name, listed in the message.
+        known: Every allowed name; listed, unless they are many and one of them is meant.
     """
     names = sorted(known)
-    return f"unknown {kind} {name!r}{did_you_mean(name, names)} (known: {', '.join(names)})"
+    meant = did_you_mean(name, names)
+    listed = f" (known: {', '.join(names)})" if not meant or len(names) <= _MANY else ""
+    return f"unknown {kind} {name!r}{meant}{listed}"

@@ -34,10 +34,10 @@ def offsite_ray(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
 
 
-def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, name: str, value: Any) -> None:
+def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, **names: Any) -> None:
     """Replace a module that a verb imports, for one test."""
     fake = types.ModuleType(module)
-    setattr(fake, name, value)
+    vars(fake).update(names)
     monkeypatch.setitem(sys.modules, module, fake)
 
 
@@ -67,7 +67,7 @@ def test_without_a_verb_the_verbs_are_listed_in_the_order_of_the_loop(
     assert main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     listed = [line.split()[0] for line in lines if line.startswith("  ") and "--" not in line]
-    order = "compress prepare distill finetune plug-in evaluate inspect verify demo"
+    order = "compress prepare distill finetune plug-in evaluate estimate inspect verify demo"
     assert " ".join(listed) == " ".join(VERBS) == order
 
 
@@ -129,7 +129,7 @@ def test_errors_have_one_line_and_a_status(
     def fail(path: str, blocks: str | None) -> None:
         raise error
 
-    stand_in(monkeypatch, "offsite_ray.inspection", "inspect_path", fail)
+    stand_in(monkeypatch, "offsite_ray.inspection", inspect_path=fail)
     assert main(["inspect", "p", "--json"]) == status
     assert capsys.readouterr() == ("", said)
 
@@ -140,7 +140,7 @@ def test_the_traceback_is_shown_on_request(
     def fail(path: str, blocks: str | None) -> None:
         raise KeyError(path)
 
-    stand_in(monkeypatch, "offsite_ray.inspection", "inspect_path", fail)
+    stand_in(monkeypatch, "offsite_ray.inspection", inspect_path=fail)
     monkeypatch.setenv("OFFSITE_RAY_TRACEBACK", "1")
     assert main(["inspect", "p"]) == 1
     lines = capsys.readouterr().err.splitlines()
@@ -215,7 +215,7 @@ def test_what_others_print_goes_to_stderr(
         subprocess.run(["echo", "from a child"], check=True)
         return {"path": path}
 
-    stand_in(monkeypatch, "offsite_ray.inspection", "inspect_path", noisy)
+    stand_in(monkeypatch, "offsite_ray.inspection", inspect_path=noisy)
     assert main(["inspect", "p", "--json"]) == 0
     captured = capfd.readouterr()
     assert json.loads(captured.out) == {"path": "p"}
@@ -269,7 +269,7 @@ def test_evaluate_prints_a_table_or_its_json(
         notice("measuring")
         return an_evaluation()
 
-    stand_in(monkeypatch, "offsite_ray.evaluation", "evaluate", evaluate)
+    stand_in(monkeypatch, "offsite_ray.evaluation", evaluate=evaluate)
     words = ["evaluate", "--model", "m", "--text", "t", "--report", str(tmp_path / "r")]
     assert main(words) == 0
     captured = capsys.readouterr()
@@ -295,15 +295,28 @@ class Trained:
 def test_training_verbs_get_what_runs_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], workers: int, fit: str
 ) -> None:
-    def distill(config: Any, fit: Any, report: Any, notice: Any) -> Trained:
+    def distill(config: Any, fit: Any, report: Any, notice: Any, fill: Any) -> Trained:
+        assert fill() == f"fill {fit()}"
         notice("hello")
         report(RunStart(total_steps=2, first_step=0, num_train=5, num_held_out=1))
         report(StepRecord(step=2, losses={"loss": 1.5, "lm": 2.0}, learning_rate=0.1))
         return Trained(out=config.out, fit=fit())
 
-    stand_in(monkeypatch, "offsite_ray.distillation", "distill", distill)
-    stand_in(monkeypatch, "offsite_ray.training", "run_here", lambda: "here")
-    stand_in(monkeypatch, "offsite_ray.train", "run_on_ray", lambda: "on ray")
+    import offsite_ray.training.metrics  # noqa: F401  # before its package is replaced
+
+    stand_in(
+        monkeypatch,
+        "offsite_ray.distillation",
+        distill=distill,
+        fill_here=lambda: "fill here",
+    )
+    stand_in(monkeypatch, "offsite_ray.training", run_here=lambda: "here")
+    stand_in(
+        monkeypatch,
+        "offsite_ray.train",
+        run_on_ray=lambda: "on ray",
+        fill_on_ray=lambda: "fill on ray",
+    )
     assert main(["distill", *DISTILL, "--num-workers", str(workers), "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {"out": "o", "fit": fit}
