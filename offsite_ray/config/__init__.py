@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One frozen configuration per verb: the flags of the command line and the keys of its YAML.
+
+A field is a flag: ``learning_rate`` is ``--learning-rate``. The string below a field is its help
+text. Paths are text, so that a configuration can be written next to every result as it was given.
+"""
+
+from offsite_ray.config.artefacts import (
+    CompressConfig,
+    DemoConfig,
+    InspectConfig,
+    PlugInConfig,
+    PrepareConfig,
+    VerifyConfig,
+)
+from offsite_ray.config.measuring import EstimateConfig, EvaluateConfig
+from offsite_ray.config.training import (
+    OFFLOAD_STAGES,
+    ComputeDtype,
+    DistillConfig,
+    FinetuneConfig,
+    Offload,
+    TrainingConfig,
+)
+
+__all__ = [
+    "OFFLOAD_STAGES",
+    "CompressConfig",
+    "ComputeDtype",
+    "DemoConfig",
+    "DistillConfig",
+    "EstimateConfig",
+    "EvaluateConfig",
+    "FinetuneConfig",
+    "InspectConfig",
+    "Offload",
+    "PlugInConfig",
+    "PrepareConfig",
+    "TrainingConfig",
+    "VerifyConfig",
+]

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configurations of the verbs that make artefacts or look into them, and of the demo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from offsite_ray.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompressConfig:
+    """Make an emulator bundle out of a full model."""
+
+    model: str
+    """Directory of the full model."""
+    plan: str
+    """Split plan: '2-8-2', or 'adapter=0,1,30,31 emulator=2,5-9'."""
+    out: str
+    """Directory to write the emulator bundle to."""
+    select: str = "uniform"
+    """Selection method for the kept blocks of a short plan."""
+    compress: str = "none"
+    """Compression method for the kept blocks."""
+    blocks: str | None = None
+    """Path of the block list in a model whose family is in no table, e.g. 'model.layers'."""
+    seed: int = 0
+    """Seed of selection and compression methods that draw."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareConfig:
+    """Tokenise text and pack it into blocks of equal length, as Parquet."""
+
+    tokenizer: str
+    """Directory of the tokenizer: a model or a bundle."""
+    text: tuple[str, ...]
+    """Files (.txt, .jsonl, .parquet), directories of them, or the name of a dataset."""
+    out: str
+    """Directory to write the prepared data to; like `text`, a path or a URI (s3://, gs://)."""
+    block_size: int = 512
+    """Tokens in a block."""
+    seed: int | None = None
+    """Seed of a random order of the documents; by default they stay as they are."""
+    num_workers: int = 0
+    """Ray Data workers; 0 prepares in this process, without Ray."""
+
+    def __post_init__(self) -> None:
+        """Check ranges; raise :class:`ConfigError`."""
+        if self.seed is not None and not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed} must be at least 0 and below 2**32")
+        if self.num_workers < 0:
+            raise ConfigError(f"num_workers={self.num_workers} must be 0 (no Ray) or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlugInConfig:
+    """Put an adapter bundle into the full model."""
+
+    model: str
+    """Directory of the full model."""
+    adapter: str
+    """Adapter bundle that came back from the data owner."""
+    out: str
+    """Directory to write the plugged-in model to."""
+    verbose: bool = False
+    """Print a line for each replaced tensor."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InspectConfig:
+    """Say what is in a bundle, an adapter, a plugged-in model or a full model."""
+
+    path: str
+    """Directory to look into."""
+    blocks: str | None = None
+    """Path of the block list in a full model whose family is in no table."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyConfig:
+    """Check that a bundle is whole and unaltered."""
+
+    path: str
+    """Directory to check."""
+    model: str | None = None
+    """Full model that the bundle must belong to."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """Run the whole loop on this machine, without downloads."""
+
+    out: str = "demo-out"
+    """Directory for every artefact and the report."""
+    foundation: str | None = None
+    """Full model to use; by default the one under examples/foundation/."""
+    scale: float = 1.0
+    """Share of the training steps to run; below 1 is quick and shows less."""
