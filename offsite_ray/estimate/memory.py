@@ -7,7 +7,7 @@ keeps beside that is read from its code (``runtime/zero``).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from offsite_ray.config import OFFLOAD_STAGES
@@ -86,17 +86,14 @@ class Memory:
     host: int = 0
     """In the host's memory, for this worker; no part of the total."""
 
-    @property
-    def total(self) -> int:
-        """Everything on the device."""
-        return (
-            self.weights
-            + self.masters
-            + self.gradients
-            + self.moments
-            + self.activations
-            + self.buffers
-        )
+    total: int = field(init=False)
+    """Everything on the device."""
+
+    def __post_init__(self) -> None:
+        """Add up what is on the device."""
+        parts = (self.weights, self.masters, self.gradients, self.moments)
+        total = sum(parts) + self.activations + self.buffers
+        object.__setattr__(self, "total", total)  # frozen for everyone else
 
 
 def memory_of(rehearsal: Rehearsal, worker: Worker) -> Memory:

@@ -80,8 +80,8 @@ class Shapes:
         return tuple(self.plan.kept.index(index) for index in self.plan.adapter)
 
     def empty(self, config: PretrainedConfig | None = None) -> Any:
-        """Return the full model (or the one of a config) on the ``meta`` device."""
-        return empty_model(config or self.config, self.arch.family.auto_class)
+        """Return the full model (or the one of a config) on ``meta``, in evaluation mode."""
+        return empty_model(config or self.config, self.arch.family.auto_class).eval()
 
     def rehearse_distillation(self, config: DistillConfig, step: Step) -> Rehearsal:
         """Return what a step of distillation takes."""

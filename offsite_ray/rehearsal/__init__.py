@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rehearsals: a training step on tensors that have shapes and no memory, counted."""
 
-from offsite_ray.rehearsal.kernels import device_type
 from offsite_ray.rehearsal.ledger import Bytes, Operations
 from offsite_ray.rehearsal.step import Rehearsal, empty_batch, rehearse
 
@@ -9,7 +8,6 @@ __all__ = [
     "Bytes",
     "Operations",
     "Rehearsal",
-    "device_type",
     "empty_batch",
     "rehearse",
 ]

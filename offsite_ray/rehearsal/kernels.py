@@ -9,17 +9,18 @@ and the functions that CUDA's autocast runs in float32.
 from __future__ import annotations
 
 import contextlib
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import masking_utils
+
+from offsite_ray.training.devices import standing_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-_STANDS_FOR: ContextVar[str | None] = ContextVar("stands_for", default=None)
+    from types import ModuleType
 
 _IN_FLOAT32 = (
     "layer_norm",
@@ -35,29 +36,33 @@ _IN_FLOAT32 = (
 not (torch, "CUDA Ops that can autocast to float32"): those that language models use."""
 
 
-def device_type(tensor: Tensor) -> str:
-    """Return the type of a tensor's device; in a rehearsal, of the one that it stands for."""
-    return _STANDS_FOR.get() or tensor.device.type
-
-
 @contextlib.contextmanager
-def standing_for(device: str) -> Iterator[None]:
-    """Let stand-ins be taken for tensors of a device, ``cpu`` or ``cuda``.
+def kernels_of(device: str, *, packed: bool) -> Iterator[None]:
+    """Let stand-ins be taken for tensors of a device, ``cpu`` or ``cuda``, and do as it does.
 
-    Functions are replaced in ``torch.nn.functional`` itself: a torch function mode is off in the
+    Functions are replaced where callers look them up: a torch function mode would be off in the
     backward pass, which may recompute the forward pass.
+
+    Args:
+        device: The device.
+        packed: Whether rows hold several documents. Positions say so, and these have no values.
     """
-    others = {"grouped_mm": _grouped_product, **(_gpu_functions() if device == "cuda" else {})}
-    own = {name: getattr(functional, name) for name in others}
-    token = _STANDS_FOR.set(device)
+    others: dict[tuple[ModuleType, str], Callable[..., Any]] = {
+        (functional, "grouped_mm"): _grouped_product
+    }
+    if device == "cuda":
+        others |= _gpu_functions()
+    if not packed:
+        others[masking_utils, "find_packed_sequence_indices"] = lambda _: None
+    own = {(module, name): getattr(module, name) for module, name in others}
     try:
-        for name, other in others.items():
-            setattr(functional, name, other)
-        yield
+        for (module, name), other in others.items():
+            setattr(module, name, other)
+        with standing_for(device):
+            yield
     finally:
-        for name, function in own.items():
-            setattr(functional, name, function)
-        _STANDS_FOR.reset(token)
+        for (module, name), function in own.items():
+            setattr(module, name, function)
 
 
 def _grouped_product(rows: Tensor, matrices: Tensor, **_: Any) -> Tensor:
@@ -69,9 +74,9 @@ def _grouped_product(rows: Tensor, matrices: Tensor, **_: Any) -> Tensor:
         return rows @ matrices[0]
 
 
-def _gpu_functions() -> dict[str, Callable[..., Any]]:
-    in_float32 = {name: _in_float32(getattr(functional, name)) for name in _IN_FLOAT32}
-    return {"scaled_dot_product_attention": _attention, **in_float32}
+def _gpu_functions() -> dict[tuple[ModuleType, str], Callable[..., Any]]:
+    in_float32 = {(functional, n): _in_float32(getattr(functional, n)) for n in _IN_FLOAT32}
+    return {(functional, "scaled_dot_product_attention"): _attention, **in_float32}
 
 
 def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:

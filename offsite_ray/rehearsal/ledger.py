@@ -194,6 +194,8 @@ def _count(func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> int:
         names = (argument.name for argument in func._schema.arguments)
         passes = 1 if packet in _ATTENTION else 2
         return passes * _attention({**dict(zip(names, args, strict=False)), **kwargs})
+    if packet == _aten._grouped_mm:  # each row with one expert's matrix
+        return int(2 * args[0].numel() * args[1].shape[-1])
     formula = flop_registry.get(packet)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from offsite_ray.rehearsal.kernels import standing_for
+from offsite_ray.rehearsal.kernels import kernels_of
 from offsite_ray.rehearsal.ledger import Bytes, Ledger, Operations
 
 if TYPE_CHECKING:
@@ -63,13 +63,12 @@ def rehearse(
     _stand_in(module, mode)
     given = {name: FakeTensor(mode, tensor, _CPU) for name, tensor in batch.items()}
     ledger = Ledger(module)
-    with mode, ledger:
-        with standing_for(device), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with mode, ledger, kernels_of(device, packed="position_ids" in batch):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             parts = module(**given)
         loss = sum(parts.values())
         del parts
-        with standing_for(device):
-            loss.backward()
+        loss.backward()
     parameters = list(module.parameters())
     return Rehearsal(
         weights=_nbytes(itertools.chain(parameters, module.buffers())),

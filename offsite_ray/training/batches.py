@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from offsite_ray.data import IGNORED
+from offsite_ray.training.devices import device_type
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -83,6 +84,6 @@ class _SumCrossEntropy(torch.autograd.Function):
 
 
 def _pieces(flat: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    elements = _CPU_PIECE if flat.device.type == "cpu" else _GPU_PIECE
+    elements = _CPU_PIECE if device_type(flat) == "cpu" else _GPU_PIECE
     rows = max(1, elements // flat.shape[1])
     return zip(torch.split(flat, rows), torch.split(targets, rows), strict=True)

@@ -3,9 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_STANDS_FOR: ContextVar[str | None] = ContextVar("stands_for", default=None)
 
 PEAK_TFLOPS = {
     "H200": 989.0,
@@ -34,3 +42,18 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def device_type(tensor: torch.Tensor) -> str:
+    """Return the type of a tensor's device; in a rehearsal, of the one that it stands for."""
+    return _STANDS_FOR.get() or tensor.device.type
+
+
+@contextlib.contextmanager
+def standing_for(device: str) -> Iterator[None]:
+    """Let tensors be taken for those of a device, ``cpu`` or ``cuda``."""
+    token = _STANDS_FOR.set(device)
+    try:
+        yield
+    finally:
+        _STANDS_FOR.reset(token)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from offsite_ray.data import IGNORED
+from offsite_ray.training.devices import device_type
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -161,6 +162,6 @@ class _HeadLosses(torch.autograd.Function):
 
 def _rows(hidden: Tensor, head: Head, teacher: Tensor | None) -> int:
     """Return how many tokens a piece has; the same on every worker for the same shapes."""
-    elements = _CPU_PIECE if hidden.device.type == "cpu" else _GPU_PIECE
+    elements = _CPU_PIECE if device_type(hidden) == "cpu" else _GPU_PIECE
     columns = head.vocab_size * (1 if teacher is None else 2)
     return max(1, elements // columns)
