@@ -83,7 +83,7 @@ def _memory(model: Mapping[str, Any]) -> str:
 
 def _time(model: Mapping[str, Any]) -> str:
     head = (
-        "time", "writes", "process", "starting", "its work", "cp", "cp and sync",
+        "time", "reads from disk", "writes", "process", "starting", "its work", "cp", "cp and sync",
         "work / cp", "work / cp and sync", "process / cp and sync",
     )  # fmt: skip
     rows = []
@@ -98,7 +98,9 @@ def _time(model: Mapping[str, Any]) -> str:
             ]
         else:
             cells += [""] * 5
-        rows.append((row["name"], f"{row['written_bytes'] / 1e9:.2f} GB", *cells))
+        from_disk = [run["verb"].get("disk_bytes") for run in row["rounds"]]
+        read = "not measured" if None in from_disk else f"{max(from_disk) / 1e9:.2f} GB"
+        rows.append((row["name"], read, f"{row['written_bytes'] / 1e9:.2f} GB", *cells))
     return table(head, rows)
 
 

@@ -48,6 +48,8 @@ class Ran:
     """Of all its threads, in its own code and in the kernel's for it."""
     peak_bytes: int
     """Most that it had resident, files that it mapped among it."""
+    disk_bytes: int
+    """Read from the disk, since they were not in the page cache."""
 
 
 def ran(command: Sequence[str], given: str = "") -> Ran:
@@ -72,6 +74,7 @@ def ran(command: Sequence[str], given: str = "") -> Ran:
         seconds=seconds,
         cpu_seconds=used.ru_utime + used.ru_stime,
         peak_bytes=used.ru_maxrss * 1024,
+        disk_bytes=used.ru_inblock * 512,
     )
 
 
