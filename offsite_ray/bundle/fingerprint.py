@@ -9,20 +9,21 @@ nearly every weight, so a sample tells another version of a model apart at the c
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import blake3
 
 from offsite_ray.architectures import config_values
 from offsite_ray.bundle.digest import digest_plain, new_hasher
+from offsite_ray.bundle.remembered import nothing_known, recall, remember
 from offsite_ray.bundle.windows import windows
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from offsite_ray.bundle.tensors import TensorDirectory
+    from offsite_ray.bundle.tensors import TensorDirectory, TensorInfo
 
 _SAMPLE_WINDOWS = 16
 _SAMPLE_WINDOW_BYTES = 256
@@ -64,7 +65,11 @@ def fingerprint(
 
 
 def digests(
-    weights: TensorDirectory, names: Collection[str], files: Collection[Path] = ()
+    weights: TensorDirectory,
+    names: Collection[str],
+    files: Collection[Path] = (),
+    *,
+    from_memory: bool = False,
 ) -> tuple[dict[str, str], dict[Path, str]]:
     """Return the digests of tensors by name, and of whole files; no byte is read twice for both.
 
@@ -72,25 +77,42 @@ def digests(
         weights: The tensors of a model.
         names: Those of which to give the digest.
         files: Those of its files of which to give the digest.
+        from_memory: Read no file that was read so before and not touched since.
     """
     of_tensors, of_files = {}, {}
     for file in weights.files:
-        whole = new_hasher() if file in files else None
-        with file.open("rb") as stream:
-            infos = weights.of_file(file)
-            if whole is not None:
-                whole.update(stream.read(infos[0].begin if infos else -1))
-            for info in infos:
-                own = new_hasher() if info.name in names else None
-                hashers = [hasher for hasher in (whole, own) if hasher is not None]
-                for piece in windows(stream, info.begin, info.end) if hashers else ():
-                    for hasher in hashers:
-                        hasher.update(piece)
-                if own is not None:
-                    of_tensors[info.name] = own.hexdigest()
-        if whole is not None:
-            of_files[file] = whole.hexdigest()
+        infos = weights.of_file(file)
+        wanted = {info.name for info in infos if info.name in names}
+        known = recall(file) if from_memory else nothing_known(file)
+        if not wanted <= set(known.tensors) or (file in files and known.whole is None):
+            whole, tensors = _read_digests(file, infos, wanted, whole=file in files)
+            known = replace(known, whole=whole or known.whole, tensors={**known.tensors, **tensors})
+            if from_memory:
+                remember(file, known)
+        of_tensors.update({name: known.tensors[name] for name in wanted})
+        if file in files and known.whole is not None:
+            of_files[file] = known.whole
     return of_tensors, of_files
+
+
+def _read_digests(
+    file: Path, infos: Sequence[TensorInfo], names: Collection[str], *, whole: bool
+) -> tuple[str | None, dict[str, str]]:
+    """Return the digest of a file, if that is wanted, and those of some of its tensors."""
+    all_bytes = new_hasher() if whole else None
+    tensors = {}
+    with file.open("rb") as stream:
+        if all_bytes is not None:
+            all_bytes.update(stream.read(infos[0].begin if infos else -1))
+        for info in infos:
+            own = new_hasher() if info.name in names else None
+            hashers = [hasher for hasher in (all_bytes, own) if hasher is not None]
+            for piece in windows(stream, info.begin, info.end) if hashers else ():
+                for hasher in hashers:
+                    hasher.update(piece)
+            if own is not None:
+                tensors[info.name] = own.hexdigest()
+    return None if all_bytes is None else all_bytes.hexdigest(), tensors
 
 
 def difference(expected: Fingerprint, found: Fingerprint) -> str | None:

@@ -90,7 +90,12 @@ def open_bundle(directory: str | Path) -> EmulatorBundle:
 
 
 def check_fits(
-    path: Path, manifest: Manifest, full: FullModel, files: Collection[Path] = ()
+    path: Path,
+    manifest: Manifest,
+    full: FullModel,
+    files: Collection[Path] = (),
+    *,
+    from_memory: bool = False,
 ) -> dict[Path, str]:
     """Check that a bundle was made for this full model.
 
@@ -99,6 +104,7 @@ def check_fits(
         manifest: Of the bundle.
         full: The full model.
         files: Files of the full model whose digests are wanted, since they are read anyway.
+        from_memory: Read none of its files that was read before and not touched since.
 
     Returns:
         The digests of ``files``.
@@ -121,7 +127,7 @@ def check_fits(
     problem = difference(expected, found)
     of_files: dict[Path, str] = {}
     if problem is None:
-        carried, of_files = digests(full.weights, known, files)
+        carried, of_files = digests(full.weights, known, files, from_memory=from_memory)
         problem = difference(expected, dataclasses.replace(found, carried=carried))
     if problem is not None:
         raise PlugInError(f"{full.path} is not the model that {path} was made for: {problem}")
