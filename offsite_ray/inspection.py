@@ -21,6 +21,7 @@ from offsite_ray.bundle import (
     Kind,
     TensorDirectory,
     digest_file,
+    open_weights,
     read_manifest,
     read_verified,
 )
@@ -42,7 +43,7 @@ from offsite_ray.results import to_plain
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from offsite_ray.bundle import TensorInfo
+    from offsite_ray.bundle import Manifest
     from offsite_ray.config import VerifyConfig
 
 _PREPARED: Literal["prepared_data"] = "prepared_data"
@@ -79,8 +80,6 @@ def inspect_path(path: str | Path, blocks: str | None = None) -> dict[str, Any]:
     if directory.is_dir() and not (directory / MANIFEST).is_file():
         return _inspect_model(directory, blocks)
     manifest = read_manifest(directory)
-    files = [directory / n for n in manifest.files if n.endswith(".safetensors")]
-    tensors = TensorDirectory([file for file in sorted(files) if file.is_file()]).tensors
     return {
         "path": str(directory),
         "kind": manifest.kind,
@@ -96,7 +95,7 @@ def inspect_path(path: str | Path, blocks: str | None = None) -> dict[str, Any]:
         "recipe": to_plain(manifest.recipe),
         "dtypes": to_plain(manifest.dtypes),
         "trained_against": manifest.trained_against,
-        **_sizes(tensors),
+        **_sizes(_weights(directory, manifest)),
         "measured": to_plain(manifest.measured),
     }
 
@@ -121,15 +120,23 @@ def _inspect_model(directory: Path, blocks: str | None) -> dict[str, Any]:
         "num_blocks": arch.num_blocks,
         "blocks": arch.family.blocks,
         "recognised": arch.recognised,
-        **_sizes(TensorDirectory.of_model(directory).tensors),
+        **_sizes(TensorDirectory.of_model(directory)),
     }
 
 
-def _sizes(tensors: dict[str, TensorInfo]) -> dict[str, Any]:
+def _weights(directory: Path, manifest: Manifest) -> TensorDirectory:
+    """Return the tensors of a bundle, as far as its files are there."""
+    if "packed" in manifest.dtypes:
+        return open_weights(directory)
+    files = [directory / n for n in manifest.files if n.endswith(".safetensors")]
+    return TensorDirectory([file for file in sorted(files) if file.is_file()])
+
+
+def _sizes(weights: TensorDirectory) -> dict[str, Any]:
     return {
-        "num_tensors": len(tensors),
-        "num_parameters": sum(math.prod(info.shape) for info in tensors.values()),
-        "tensor_bytes": sum(info.nbytes for info in tensors.values()),
+        "num_tensors": len(weights.tensors),
+        "num_parameters": sum(math.prod(info.shape) for info in weights.tensors.values()),
+        "tensor_bytes": weights.nbytes,
     }
 
 

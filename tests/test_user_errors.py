@@ -49,6 +49,7 @@ MISSING = [
     ("compress --model {text} --plan 1-2-1 --out {out}", "text.txt is no directory"),
     ("compress --model {folder} --plan 1-2-1 --out {out}", "no config.json"),
     ("compress --model {unweighted} --plan 1-2-1 --out {out}", "model.safetensors"),
+    ("unpack --bundle {missing} --out {out}", "missing is no directory"),
     ("prepare --tokenizer {missing} --text {text} --out {out}", "missing is no directory"),
     ("prepare --tokenizer {folder} --text {text} --out {out}", "no usable tokenizer"),
     ("prepare --tokenizer {bundle} --text {missing} --out {out}", "missing does not exist"),
@@ -93,6 +94,10 @@ WRONG_KIND = [
     ("distill --model {llama} --bundle {bundle} --data {text} --out {out}", "is a llama"),
     ("compress --model {bottleneck} --plan 1-2-1 --out {out}", "has bottleneck adapters"),
     ("finetune --model {bottleneck} --data {text} --out {out}", "has bottleneck adapters"),
+    ("unpack --bundle {adapter} --out {out}", "'adapter_bundle'"),
+    ("unpack --bundle {bundle} --out {out}", "is packed: stock transformers loads it"),
+    (f"{MEASURE} --finetuned {{packed}}", "'offsite-ray unpack'"),
+    ("compress --model {packed} --plan 1-1-1 --out {out}", "'offsite-ray unpack'"),
 ]
 
 DAMAGED = [
@@ -150,6 +155,7 @@ VALUES = [
     ("compress --model {model} --plan 'adapter=0,6 emulator=2' --out {out}", "6"),
     ("compress --model {model} --plan 1-2-1 --out {out} --select best", "selection method 'best'"),
     ("compress --model {model} --plan 1-2-1 --out {out} --compress zip", "method 'zip'"),
+    ("compress --model {model} --plan 1-2-1 --out {out} --compress prune:2", "0 <= RATIO < 1"),
     (f"{FINETUNE} {{text}} --method lorra", "mean 'lora'?"),
     (f"{FINETUNE} {{text}} --learning-rate fast", "must be a finite number"),
     (f"{FINETUNE} {{text}} --batch-size 0", "batch_size=0 must be at least 1"),
@@ -192,6 +198,7 @@ TAKEN = [
     ("compress --model {model} --plan 1-2-1 --out {taken}", "is not empty"),
     ("compress --model {model} --plan 1-2-1 --out {file}", "is in the way"),
     ("compress --model {model} --plan 1-2-1 --out {file}/out", "is no directory"),
+    ("unpack --bundle {packed} --out {taken}", "is not empty"),
     ("prepare --tokenizer {bundle} --text {text} --out {taken}", "is not empty"),
     ("distill --model {model} --bundle {bundle} --data {text} --out {taken}", "not empty"),
     ("finetune --bundle {bundle} --data {text} --out {taken}", "is not empty"),
@@ -248,6 +255,8 @@ def _write_models(root: Path) -> None:
     shutil.copytree(root / "model", root / "unknown_family")
     edit_json(root / "unknown_family/config.json", lambda values: values.update(model_type="gtp2"))
     main(shlex.split(f"compress --model {root}/model --plan 1-0-1 --out {root}/hollow"))
+    words = f"compress --model {root}/model --plan 1-2-1 --compress quantize:8 --out {root}/packed"
+    main(shlex.split(words))
     with tempfile.TemporaryDirectory() as folder:
         make_adapter(root / "bundle", Path(folder) / "adapter", method="bottleneck")
         words = f"plug-in --model {root}/model --adapter {folder}/adapter --out {root}/bottleneck"

@@ -20,6 +20,7 @@ from offsite_ray.architectures.bottleneck import (
 )
 from offsite_ray.architectures.detection import model_class, resolve_architecture
 from offsite_ray.architectures.families import used
+from offsite_ray.architectures.packed import PACKED_TYPE, unpacked_state
 from offsite_ray.errors import (
     FamilyError,
     IntegrityError,
@@ -30,13 +31,16 @@ from offsite_ray.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.configuration_utils import PretrainedConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What ``--dtype`` names."""
+
+_WRAPPED = (BOTTLENECK_TYPE, PACKED_TYPE)
+"""Model types that only this package knows: stock models with something about their weights."""
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
@@ -67,7 +71,7 @@ def model_directory(name: str | Path, files: Sequence[str] = _HUB_FILES) -> Path
 
 
 def load_config(directory: str | Path) -> PretrainedConfig:
-    """Return the config of a model directory (of a bottleneck plug-in: its base model's).
+    """Return the config of a model directory (of a wrapped one: its base model's).
 
     Raises:
         StorageError: There is no such directory, or no ``config.json`` in it.
@@ -76,10 +80,10 @@ def load_config(directory: str | Path) -> PretrainedConfig:
     from transformers import CONFIG_MAPPING
 
     values = config_values(directory)
-    if values.get("model_type") == BOTTLENECK_TYPE:
+    if values.get("model_type") in _WRAPPED:
         base = values.get("base_config")
         if not isinstance(base, dict):
-            raise IntegrityError(f"{directory}/config.json lacks the base_config of a plug-in")
+            raise IntegrityError(f"{directory}/config.json lacks the base_config of what it wraps")
         values = base
     if "auto_map" in values:
         raise FamilyError(
@@ -140,11 +144,11 @@ def load_model(
     config = load_config(directory)
     if not dropout:
         drop_dropout(config)
-    cls = model_class(config, auto_class)
+    cls, values = model_class(config, auto_class), config_values(directory)
     try:
         with quiet_transformers():
             model, info = cls.from_pretrained(
-                str(directory),
+                **_source(Path(directory), values),
                 config=config,
                 dtype=dtype or "auto",
                 use_safetensors=True,
@@ -166,11 +170,25 @@ def load_model(
                 f"{directory} does not fit its config.json: {problem.replace('_', ' ')}, "
                 f"e.g. {example}"
             )
-    values = config_values(directory)
     if values.get("model_type") == BOTTLENECK_TYPE:
         _add_bottlenecks(model, config, values.get("blocks"), Path(directory) / BOTTLENECK_FILE)
     model.eval()
     return model if device is None else model.to(device)  # type: ignore[no-any-return]
+
+
+def _source(directory: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return where ``from_pretrained`` is to take the weights from, as its arguments."""
+    if values.get("model_type") != PACKED_TYPE:
+        return {"pretrained_model_name_or_path": str(directory)}
+    from transformers import GenerationConfig
+
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": None,
+        "state_dict": unpacked_state(directory, values),
+    }
+    if (directory / "generation_config.json").is_file():
+        source["generation_config"] = GenerationConfig.from_pretrained(str(directory))
+    return source
 
 
 def _add_bottlenecks(
@@ -207,13 +225,27 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(
-                str(directory), local_files_only=True, trust_remote_code=False
+                str(directory),
+                config=_base_config(directory),
+                local_files_only=True,
+                trust_remote_code=False,
             )
     except Exception as error:
         raise StorageError(f"{directory} has no usable tokenizer: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _base_config(directory: str | Path) -> PretrainedConfig | None:
+    """Return the config of what a directory wraps; None where transformers reads it itself.
+
+    For some model types it has a tokenizer class of its own, whatever the tokenizer's files say.
+    """
+    if not (Path(directory) / "config.json").is_file():
+        return None
+    wrapped = config_values(directory).get("model_type") in _WRAPPED
+    return load_config(directory) if wrapped else None
 
 
 @contextlib.contextmanager

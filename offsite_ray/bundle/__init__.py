@@ -20,6 +20,12 @@ from offsite_ray.bundle.manifest import (
     read_verified,
     write_manifest,
 )
+from offsite_ray.bundle.packed import (
+    PackedDirectory,
+    open_weights,
+    packed_specs,
+    write_packed,
+)
 from offsite_ray.bundle.shards import (
     TensorSpec,
     lazy_spec,
@@ -46,6 +52,7 @@ __all__ = [
     "Kind",
     "Manifest",
     "ModelFacts",
+    "PackedDirectory",
     "TensorDirectory",
     "TensorInfo",
     "TensorSpec",
@@ -61,6 +68,8 @@ __all__ = [
     "lazy_spec",
     "made_parent",
     "new_hasher",
+    "open_weights",
+    "packed_specs",
     "read_header",
     "read_manifest",
     "read_verified",
@@ -71,4 +80,5 @@ __all__ = [
     "write_file",
     "write_manifest",
     "write_model",
+    "write_packed",
 ]

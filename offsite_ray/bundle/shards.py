@@ -93,6 +93,29 @@ def write_model(
     directory: Path, tensors: Iterable[TensorSpec], max_shard_bytes: int = _MAX_SHARD_BYTES
 ) -> dict[str, str]:
     """Write a model's weights as transformers reads them; return file name to digest."""
+    listed = list(tensors)
+    digests, weight_map = write_shards(directory, "model", listed, max_shard_bytes)
+    if WEIGHTS in digests:
+        return digests
+    total = sum(spec.nbytes for spec in listed)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    with DigestingFile(directory / INDEX) as out:
+        out.write(canonical_json(index).encode())
+        digests[INDEX] = out.digest
+    return digests
+
+
+def write_shards(
+    directory: Path,
+    stem: str,
+    tensors: Iterable[TensorSpec],
+    max_shard_bytes: int = _MAX_SHARD_BYTES,
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Write tensors to ``stem.safetensors``, or to several such files, in order.
+
+    Returns:
+        File name to digest, and tensor name to file name.
+    """
     shards: list[list[TensorSpec]] = [[]]
     filled = 0
     for spec in tensors:
@@ -101,19 +124,13 @@ def write_model(
             filled = 0
         shards[-1].append(spec)
         filled += spec.nbytes
-    if len(shards) == 1:
-        return {WEIGHTS: write_file(directory / WEIGHTS, shards[0])}
     digests, weight_map = {}, {}
     for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        part = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        name = f"{stem}{part}.safetensors"
         digests[name] = write_file(directory / name, shard)
         weight_map.update({spec.name: name for spec in shard})
-    total = sum(spec.nbytes for shard in shards for spec in shard)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    with DigestingFile(directory / INDEX) as out:
-        out.write(canonical_json(index).encode())
-        digests[INDEX] = out.digest
-    return digests
+    return digests, weight_map
 
 
 def rewrite_model(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from offsite_ray.architectures.packed import PACKED_STEM
 from offsite_ray.bundle.digest import unique_names
 from offsite_ray.bundle.windows import mapped, windows
 from offsite_ray.errors import IntegrityError, StorageError
@@ -110,6 +111,11 @@ class TensorDirectory:
             return found
         if (directory / WEIGHTS).is_file():
             return cls([directory / WEIGHTS])
+        if any(directory.glob(f"{PACKED_STEM}*.safetensors")):
+            raise StorageError(
+                f"{directory} has no {WEIGHTS} but packed weights; write a stock model of it with "
+                "'offsite-ray unpack'"
+            )
         pickles = [*directory.glob("*.bin"), *directory.glob("*.pt")]
         hint = (
             "it has pickled weights, which are never read: save them as safetensors"
@@ -137,6 +143,11 @@ class TensorDirectory:
             raise IntegrityError(f"{index} and the files beside it name different tensors")
         return found
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
     def of_file(self, file: Path) -> list[TensorInfo]:
         """Return the tensors of one of the files, in the order of their bytes."""
         return [info for info in self.tensors.values() if info.file == file]
@@ -163,19 +174,7 @@ class TensorDirectory:
 
     def read(self, name: str) -> Tensor:
         """Return a tensor as it is stored, in memory of its own."""
-        info = self.tensors[name]
-        if not info.nbytes:
-            return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
-        flat = torch.empty(info.nbytes, dtype=torch.uint8)
-        rest = memoryview(flat.numpy())  # type: ignore[arg-type]
-        with info.file.open("rb", buffering=0) as file:
-            file.seek(info.begin)
-            while rest:
-                got = file.readinto(rest)
-                if not got:
-                    raise IntegrityError(f"{info.file} ended while {name!r} was read")
-                rest = rest[got:]
-        return flat.view(TORCH_DTYPES[info.dtype]).view(info.shape)
+        return read_tensor(self.tensors[name])
 
     def sample(self, name: str, starts: Sequence[int], size: int) -> bytes:
         """Return some bytes of a tensor: ``size`` from each of the places, or as many as it has."""
@@ -186,6 +185,22 @@ class TensorDirectory:
                 file.seek(info.begin + start)
                 found.append(file.read(min(size, info.nbytes - start)))
         return b"".join(found)
+
+
+def read_tensor(info: TensorInfo) -> Tensor:
+    """Return a tensor as it is stored, in memory of its own."""
+    if not info.nbytes:
+        return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
+    flat = torch.empty(info.nbytes, dtype=torch.uint8)
+    rest = memoryview(flat.numpy())  # type: ignore[arg-type]
+    with info.file.open("rb", buffering=0) as file:
+        file.seek(info.begin)
+        while rest:
+            got = file.readinto(rest)
+            if not got:
+                raise IntegrityError(f"{info.file} ended while {info.name!r} was read")
+            rest = rest[got:]
+    return flat.view(TORCH_DTYPES[info.dtype]).view(info.shape)
 
 
 def read_header(file: Path) -> list[TensorInfo]:

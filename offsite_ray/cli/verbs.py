@@ -34,6 +34,12 @@ def _compress(config: configs.CompressConfig) -> Outcome:
     return Outcome(plain=to_plain(compress(config, tell)))
 
 
+def _unpack(config: configs.UnpackConfig) -> Outcome:
+    from offsite_ray.emulator import unpack
+
+    return Outcome(plain=to_plain(unpack(config)))
+
+
 def _prepare(config: configs.PrepareConfig) -> Outcome:
     from offsite_ray.data import prepare
 
@@ -151,6 +157,12 @@ VERBS: dict[str, Verb] = {
             configs.CompressConfig,
             "make an emulator bundle out of a full model",
             _compress,
+        ),
+        Verb(
+            "unpack",
+            configs.UnpackConfig,
+            "write a packed emulator bundle as a stock model",
+            _unpack,
         ),
         Verb(
             "prepare",

@@ -11,6 +11,7 @@ from offsite_ray.config.artefacts import (
     InspectConfig,
     PlugInConfig,
     PrepareConfig,
+    UnpackConfig,
     VerifyConfig,
 )
 from offsite_ray.config.measuring import EstimateConfig, EvaluateConfig
@@ -37,5 +38,6 @@ __all__ = [
     "PlugInConfig",
     "PrepareConfig",
     "TrainingConfig",
+    "UnpackConfig",
     "VerifyConfig",
 ]

@@ -21,11 +21,22 @@ class CompressConfig:
     select: str = "uniform"
     """Selection method for the kept blocks of a short plan."""
     compress: str = "none"
-    """Compression method for the kept blocks."""
+    """What becomes of the matrices of the kept blocks: 'prune:0.5', 'prune:2:4', 'quantize:8',
+    'low_rank:0.5', or several joined by '+', in order."""
     blocks: str | None = None
     """Path of the block list in a model whose family is in no table, e.g. 'model.layers'."""
     seed: int = 0
-    """Seed of selection and compression methods that draw."""
+    """Seed of selection methods that draw."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnpackConfig:
+    """Write a packed emulator bundle as a stock model."""
+
+    bundle: str
+    """Emulator bundle whose matrices are packed (`compress --compress quantize:8`)."""
+    out: str
+    """Directory to write the unpacked bundle to."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

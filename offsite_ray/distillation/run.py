@@ -6,12 +6,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from offsite_ray.architectures import Notice, disk_state, empty_model
-from offsite_ray.bundle import check_free
+from offsite_ray.bundle import PackedDirectory, check_free
+from offsite_ray.compression import GROUP_SIZE
 from offsite_ray.distillation.cache import cache_task, ensure_cache, needed_ends
 from offsite_ray.distillation.module import TEACHER, distillation_module
 from offsite_ray.distillation.task import DistillTask
@@ -85,6 +86,7 @@ def distill(
         )
     full = open_full_model(config.model, blocks_path(bundle.manifest))
     check_fits(bundle.path, bundle.manifest, full)
+    packed = _told_of_packing(bundle, notice)
     apart = keeps_documents_apart(full.config, full.arch, full.weights)
     with run_directory(out, config.resume) as run_dir:
         data = prepared_for(config.data, full.path, full.config, config.seq_len, run_dir, notice)
@@ -103,11 +105,14 @@ def distill(
         task = replace(task, flops_per_token=_flops_per_token(task, full, bundle))
         outcome = fit(task, config, run_dir, report)
         history = outcome.history
-        recipe = recipe_of(
-            config,
-            data=task.data.digest,
-            losses=list(task.loss_weights),
-            changes=history.changes,
+        recipe = (
+            recipe_of(
+                config,
+                data=task.data.digest,
+                losses=list(task.loss_weights),
+                changes=history.changes,
+            )
+            | packed
         )
         measured = {
             "distillation_seconds": history.seconds,
@@ -124,6 +129,20 @@ def distill(
         history=history,
         seconds=time.perf_counter() - start,
     )
+
+
+def _told_of_packing(bundle: EmulatorBundle, notice: Notice | None) -> dict[str, Any]:
+    """Say what becomes of packed matrices; return what the recipe is to say of it."""
+    if not isinstance(bundle.weights, PackedDirectory):
+        return {}
+    bits = next(tensor.bits for tensor in bundle.weights.packed.values())
+    if notice is not None:
+        notice(
+            f"{bundle.path} has matrices packed in {bits} bits: they train as what they "
+            "stand for, and are rounded to as many bits again when they are written, which the "
+            "losses do not show; after 'offsite-ray unpack' they stay as they were trained"
+        )
+    return {"rounded_to": {"bits": bits, "group_size": GROUP_SIZE}}
 
 
 def _flops_per_token(task: DistillTask, full: FullModel, bundle: EmulatorBundle) -> float | None:

@@ -18,11 +18,13 @@ from offsite_ray.emulator.bundle import (
 from offsite_ray.emulator.companions import refuse_bottlenecks, write_companions
 from offsite_ray.emulator.compress import CompressResult, compress
 from offsite_ray.emulator.full_model import FullModel, open_full_model
+from offsite_ray.emulator.unpack import UnpackResult, unpack
 
 __all__ = [
     "CompressResult",
     "EmulatorBundle",
     "FullModel",
+    "UnpackResult",
     "blocks_path",
     "check_fits",
     "compress",
@@ -30,6 +32,7 @@ __all__ = [
     "open_full_model",
     "refuse_bottlenecks",
     "rounded",
+    "unpack",
     "write_companions",
     "write_distilled",
 ]

@@ -12,18 +12,22 @@ from offsite_ray.architectures import Architecture, load_config, resolve_archite
 from offsite_ray.bundle import (
     TORCH_DTYPES,
     Manifest,
+    PackedDirectory,
     TensorDirectory,
     all_finite,
     atomic_directory,
     difference,
     digests,
     fingerprint,
+    open_weights,
     read_verified,
     rewrite_model,
     write_manifest,
+    write_packed,
 )
 from offsite_ray.emulator.companions import belongs_to_bundle, write_companions
 from offsite_ray.emulator.full_model import FullModel, check_block_count
+from offsite_ray.emulator.packing import packed_again
 from offsite_ray.errors import IntegrityError, PlugInError
 
 if TYPE_CHECKING:
@@ -75,7 +79,10 @@ def open_bundle(directory: str | Path) -> EmulatorBundle:
         raise IntegrityError(f"{path} holds {foreign[0]!r}, which is no part of an emulator bundle")
     config = load_config(path)
     arch = resolve_architecture(config, blocks_path(manifest))
-    weights = TensorDirectory.of_model(path)
+    weights = open_weights(path)
+    unread = {name for name in manifest.files if name.endswith(".safetensors")}
+    if unread := unread - {file.name for file in weights.files}:
+        raise IntegrityError(f"{path} holds {min(unread)!r}, which is no part of its weights")
     bundle = EmulatorBundle(path=path, manifest=manifest, config=config, arch=arch, weights=weights)
     if config.model_type != manifest.model.family or arch.num_blocks != len(manifest.plan.kept):
         raise IntegrityError(
@@ -148,6 +155,8 @@ def write_distilled(
 ) -> Manifest:
     """Write a bundle again with trained emulator blocks, in the dtype that they had.
 
+    Packed matrices are packed again: rounded to as many bits, with new scales.
+
     Args:
         bundle: The bundle that was trained.
         tensors: Name on disk in the bundle to trained tensor.
@@ -159,8 +168,12 @@ def write_distilled(
         name: rounded(name, tensor, bundle.weights.tensors[name].dtype)
         for name, tensor in tensors.items()
     }
+    weights = bundle.weights
     with atomic_directory(out) as tmp:
-        files = rewrite_model(bundle.path, tmp, replacements)
+        if isinstance(weights, PackedDirectory):
+            files = write_packed(tmp, packed_again(weights, replacements))
+        else:
+            files = rewrite_model(bundle.path, tmp, replacements)
         files |= write_companions(bundle.path, tmp, None)
         manifest = dataclasses.replace(
             bundle.manifest,

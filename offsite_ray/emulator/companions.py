@@ -9,6 +9,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from offsite_ray.architectures.bottleneck import BOTTLENECK_FILE
+from offsite_ray.architectures.packed import PACKED_FILE
 from offsite_ray.bundle import digest_file
 from offsite_ray.errors import FamilyError
 
@@ -44,7 +45,8 @@ def belongs_to_bundle(name: str) -> bool:
 
     A stock loader acts on files of other names, ``adapter_config.json`` among them.
     """
-    return name in ("config.json", *COMPANION_FILES) or _WEIGHTS.fullmatch(name) is not None
+    weights = _WEIGHTS.fullmatch(name) or PACKED_FILE.fullmatch(name)
+    return name in ("config.json", *COMPANION_FILES) or weights is not None
 
 
 def refuse_bottlenecks(directory: Path) -> None:

@@ -8,29 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.architectures import Notice, check_separable, kept_config
+from offsite_ray.architectures import Notice, check_separable, kept_config, linear_weights
+from offsite_ray.architectures.packed import NEEDS
 from offsite_ray.bundle import (
     DTYPE_NAMES,
     Manifest,
     ModelFacts,
-    TensorDirectory,
     TensorSpec,
     atomic_directory,
     check_free,
     fingerprint,
     new_hasher,
-    tensor_bytes,
     write_manifest,
-    write_model,
 )
-from offsite_ray.compression import Compression, compression_method
+from offsite_ray.compression import GROUP_SIZE, Compression, PackedTensor, parse_compression
 from offsite_ray.emulator.companions import refuse_bottlenecks, write_companions
 from offsite_ray.emulator.full_model import FullModel, check_by_example, open_full_model
+from offsite_ray.emulator.matrices import MatrixToCompress
+from offsite_ray.emulator.packing import wrap_config, write_weights
 from offsite_ray.selection import selection_method
 from offsite_ray.split import SplitPlan, parse_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from offsite_ray.config import CompressConfig
 
@@ -63,7 +63,7 @@ def compress(config: CompressConfig, notice: Notice | None = None) -> CompressRe
     start = time.perf_counter()
     out = Path(config.out)
     check_free(out)
-    compression = compression_method(config.compress)
+    compression = parse_compression(config.compress)
     full = open_full_model(config.model, config.blocks, notice)
     refuse_bottlenecks(full.path)
     plan = parse_plan(config.plan, full.arch.num_blocks, selection_method(config.select))
@@ -72,10 +72,12 @@ def compress(config: CompressConfig, notice: Notice | None = None) -> CompressRe
         check_by_example(full)
     recipe = {
         "selection": {"method": config.select, "seed": config.seed},
-        "compression": {"method": compression.name, "seed": config.seed},
+        "compression": compression.recipe(),
         "distillation": None,
     }
-    manifest = _write_bundle(full, plan, compression, config.seed, out, recipe, start)
+    manifest = _write_bundle(full, plan, compression, out, recipe, start)
+    if "packed" in manifest.dtypes and notice is not None:
+        notice(NEEDS)
     return CompressResult(
         out=str(out),
         id=manifest.id,
@@ -93,16 +95,16 @@ def _write_bundle(
     full: FullModel,
     plan: SplitPlan,
     compression: Compression,
-    seed: int,
     out: Path,
     recipe: Mapping[str, Any],
     start: float,
 ) -> Manifest:
     carried: dict[str, str] = {}
-    tensors = bundle_tensors(full, plan, compression, seed, carried)
+    tensors, packed = bundle_tensors(full, plan, compression, carried)
     with atomic_directory(out) as tmp:
-        files = write_model(tmp, tensors)
+        files = write_weights(tmp, tensors, packed)
         files |= write_companions(full.path, tmp, kept_config(full.config, full.arch, plan.kept))
+        files |= wrap_config(tmp, packed)
         manifest = Manifest(
             kind="emulator_bundle",
             model=ModelFacts(
@@ -115,65 +117,87 @@ def _write_bundle(
             full_model=fingerprint(full.path, full.weights, carried),
             files=files,
             recipe=recipe,
-            dtypes={"stored": stored_dtypes(full.weights)},
+            dtypes=dtypes_of(tensors, packed),
             measured={
                 "seconds": time.perf_counter() - start,
                 "bundle_bytes": sum(spec.nbytes for spec in tensors),
-                "full_model_bytes": sum(i.nbytes for i in full.weights.tensors.values()),
+                "full_model_bytes": full.weights.nbytes,
             },
         )
         return write_manifest(tmp, manifest)
 
 
 def bundle_tensors(
-    full: FullModel, plan: SplitPlan, compression: Compression, seed: int, carried: dict[str, str]
-) -> list[TensorSpec]:
+    full: FullModel, plan: SplitPlan, compression: Compression, carried: dict[str, str]
+) -> tuple[list[TensorSpec], dict[str, PackedTensor]]:
     """Return what the bundle holds: tensors outside the blocks, and those of the kept blocks.
 
     Args:
         full: The full model.
         plan: Which blocks are kept.
-        compression: What becomes of the emulator blocks.
-        seed: Of the compression.
+        compression: What becomes of the matrices of the emulator blocks.
         carried: Gets the digest of each tensor of the full model, by its name there, as the tensor
             is read to be written.
+
+    Returns:
+        The tensors, and of those that are packed how, by name in the bundle.
+
+    Raises:
+        IntegrityError: A matrix is stored in a dtype that cannot be compressed.
     """
     position = {index: j for j, index in enumerate(plan.kept)}
     emulator = set(plan.emulator)
-    found = []
-    for name, info in full.weights.tensors.items():
+    names = full.weights.tensors
+    matrices = linear_weights(full.config, full.arch, names) if compression.steps else {}
+    found: list[TensorSpec] = []
+    packed: dict[str, PackedTensor] = {}
+    for name, info in names.items():
         index = full.arch.block_of(name)
         if index is not None and index not in position:
             continue
-        compressed = compression.apply is not None and index in emulator
-        found.append(
-            TensorSpec(
-                name=name if index is None else full.arch.rename(name, position[index]),
-                dtype=info.dtype,
-                shape=info.shape,
-                pieces=_pieces(full, name, compression if compressed else None, seed, carried),
+        own_name = name if index is None else full.arch.rename(name, position[index])
+        if index not in emulator or name not in matrices:
+            pieces = _pieces(full, name, carried)
+            found.append(
+                TensorSpec(name=own_name, dtype=info.dtype, shape=info.shape, pieces=pieces)
             )
+            continue
+        matrix = MatrixToCompress(
+            full=full,
+            name=name,
+            transposed=matrices[name],
+            compression=compression,
+            carried=carried,
         )
-    return found
+        matrix.check()
+        found += matrix.specs(own_name)
+        if (how := matrix.packed()) is not None:
+            packed[own_name] = how
+    return found, packed
 
 
 def _pieces(
-    full: FullModel, name: str, compression: Compression | None, seed: int, carried: dict[str, str]
+    full: FullModel, name: str, carried: dict[str, str]
 ) -> Callable[[], Iterator[memoryview]]:
     def pieces() -> Iterator[memoryview]:
         hasher = new_hasher()
         for piece in full.weights.pieces(name):
             hasher.update(piece)
-            if compression is None:
-                yield piece
+            yield piece
         carried[name] = hasher.hexdigest()
-        if compression is not None and compression.apply is not None:
-            yield tensor_bytes(compression.apply(name, full.weights.read(name), seed))
 
     return pieces
 
 
-def stored_dtypes(weights: TensorDirectory) -> list[str]:
-    """Return the dtypes of a model's tensors, as torch names them."""
+def dtypes_of(tensors: Iterable[TensorSpec], packed: Mapping[str, PackedTensor]) -> dict[str, Any]:
+    """Return what a manifest says of how tensors are stored."""
     by_name = {name: str(dtype).removeprefix("torch.") for dtype, name in DTYPE_NAMES.items()}
-    return sorted({by_name[info.dtype] for info in weights.tensors.values()})
+    dtypes: dict[str, Any] = {"stored": sorted({by_name[spec.dtype] for spec in tensors})}
+    if packed:
+        dtypes["packed"] = {
+            "bits": next(tensor.bits for tensor in packed.values()),
+            "group_size": GROUP_SIZE,
+            "num_tensors": len(packed),
+            "needs": NEEDS,
+        }
+    return dtypes

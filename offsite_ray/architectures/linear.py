@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tensors of a checkpoint are the matrices of the blocks' linear layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from offsite_ray.architectures.detection import empty_model
+from offsite_ray.architectures.surgery import stored_alone
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from transformers.configuration_utils import PretrainedConfig
+
+    from offsite_ray.architectures.detection import Architecture
+
+
+def linear_weights(
+    config: PretrainedConfig, arch: Architecture, disk_names: Iterable[str]
+) -> dict[str, bool]:
+    """Return the names on disk of the blocks' linear weights, and which are ``(in, out)``.
+
+    The others are ``(out, in)``. Embeddings, norms and biases are none of them, nor is what a
+    model fuses while it loads from several tensors (experts of some families) unless those are
+    matrices on disk.
+
+    Args:
+        config: Of the model.
+        arch: Its architecture.
+        disk_names: Every name in its checkpoint.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.pytorch_utils import Conv1D
+
+    names = list(disk_names)
+    model = empty_model(config, arch.family.auto_class)
+    alone = stored_alone(config, arch, names)
+    found = {
+        alone[weight]: isinstance(module, Conv1D)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        for weight in (f"{path}.weight",)
+        if weight in alone
+    }
+    fused = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if arch.block_of(name) is not None and name not in alone
+    }
+    by_bare_name = {arch.bare(name): name for name in names}
+    for name, tensor in revert_weight_conversion(model, fused).items():
+        if tensor.ndim == 2 and name.endswith(".weight") and arch.bare(name) in by_bare_name:
+            found[by_bare_name[arch.bare(name)]] = False
+    return found
