@@ -99,6 +99,11 @@ class SplitPlan:
         if len(segments) == 1:
             bottom, top = segments[0].blocks[0], self.num_blocks - 1 - segments[0].blocks[-1]
             return f"{bottom}-{len(self.emulator)}-{top}"
+        return self.spelled_out
+
+    @property
+    def spelled_out(self) -> str:
+        """``adapter=0,1,7 emulator=2,4``: every index, whoever selected it."""
         return f"adapter={_join(self.adapter)} emulator={_join(self.emulator)}"
 
 

@@ -20,6 +20,7 @@ from offsite_ray.bundle.manifest import (
     read_verified,
     write_manifest,
 )
+from offsite_ray.bundle.remembered import user_cache
 from offsite_ray.bundle.shards import (
     TensorSpec,
     lazy_spec,
@@ -68,6 +69,7 @@ __all__ = [
     "specs",
     "storage_error",
     "tensor_bytes",
+    "user_cache",
     "write_file",
     "write_manifest",
     "write_model",

@@ -13,7 +13,7 @@ class CompressConfig:
     """Make an emulator bundle out of a full model."""
 
     model: str
-    """Directory of the full model."""
+    """Directory of the full model, or its name on the hub."""
     plan: str
     """Split plan: '2-8-2', or 'adapter=0,1,30,31 emulator=2,5-9'."""
     out: str
@@ -58,7 +58,7 @@ class PlugInConfig:
     """Put an adapter bundle into the full model."""
 
     model: str
-    """Directory of the full model."""
+    """Directory of the full model, or its name on the hub."""
     adapter: str
     """Adapter bundle that came back from the data owner."""
     out: str
