@@ -96,7 +96,8 @@ def test_a_recipe_holds_for_the_real_shape(recipe: str, tmp_path: Path) -> None:
     compress, prepare, distill, finetune = (
         words_of(verb, recipe) for verb in ("compress", "prepare", "distill", "finetune")
     )
-    plan = parse_plan(compress.plan, arch.num_blocks, selection_method(compress.select))
+    choose = selection_method(compress.select).choose
+    plan = parse_plan(compress.plan, arch.num_blocks, lambda m, n: choose(m, n, None))
     assert plan.emulator
     assert not plan.keeps_every_block
     assert row_length(loaded, prepare.block_size, None) == prepare.block_size

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.architectures import Notice, check_separable, kept_config
+from offsite_ray.architectures import Notice, kept_config
 from offsite_ray.bundle import (
     DTYPE_NAMES,
     Manifest,
@@ -24,10 +24,9 @@ from offsite_ray.bundle import (
     write_model,
 )
 from offsite_ray.compression import Compression, compression_method
+from offsite_ray.emulator.choosing import ChosenBlocks, choose_blocks
 from offsite_ray.emulator.companions import refuse_bottlenecks, write_companions
-from offsite_ray.emulator.full_model import FullModel, check_by_example, open_full_model
-from offsite_ray.selection import selection_method
-from offsite_ray.split import SplitPlan, parse_plan
+from offsite_ray.full_model import FullModel, check_by_example, open_full_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -66,16 +65,16 @@ def compress(config: CompressConfig, notice: Notice | None = None) -> CompressRe
     compression = compression_method(config.compress)
     full = open_full_model(config.model, config.blocks, notice)
     refuse_bottlenecks(full.path)
-    plan = parse_plan(config.plan, full.arch.num_blocks, selection_method(config.select))
-    check_separable(full.config, full.arch, plan)
+    chosen = choose_blocks(full, config, notice)
+    plan = chosen.plan
     if full.arch.recognised != "table":
         check_by_example(full)
     recipe = {
-        "selection": {"method": config.select, "seed": config.seed},
+        "selection": {"method": config.select, "seed": config.seed, **chosen.recipe},
         "compression": {"method": compression.name, "seed": config.seed},
         "distillation": None,
     }
-    manifest = _write_bundle(full, plan, compression, config.seed, out, recipe, start)
+    manifest = _write_bundle(full, chosen, compression, config.seed, out, recipe, start)
     return CompressResult(
         out=str(out),
         id=manifest.id,
@@ -91,7 +90,7 @@ def compress(config: CompressConfig, notice: Notice | None = None) -> CompressRe
 
 def _write_bundle(
     full: FullModel,
-    plan: SplitPlan,
+    chosen: ChosenBlocks,
     compression: Compression,
     seed: int,
     out: Path,
@@ -99,10 +98,11 @@ def _write_bundle(
     start: float,
 ) -> Manifest:
     carried: dict[str, str] = {}
-    tensors = bundle_tensors(full, plan, compression, seed, carried)
+    tensors = bundle_tensors(full, chosen, compression, seed, carried)
     with atomic_directory(out) as tmp:
         files = write_model(tmp, tensors)
-        files |= write_companions(full.path, tmp, kept_config(full.config, full.arch, plan.kept))
+        config = kept_config(full.config, full.arch, chosen.stored)
+        files |= write_companions(full.path, tmp, config)
         manifest = Manifest(
             kind="emulator_bundle",
             model=ModelFacts(
@@ -111,7 +111,7 @@ def _write_bundle(
                 blocks=full.arch.family.blocks,
                 recognised=full.arch.recognised,
             ),
-            plan=plan,
+            plan=chosen.plan,
             full_model=fingerprint(full.path, full.weights, carried),
             files=files,
             recipe=recipe,
@@ -126,34 +126,37 @@ def _write_bundle(
 
 
 def bundle_tensors(
-    full: FullModel, plan: SplitPlan, compression: Compression, seed: int, carried: dict[str, str]
+    full: FullModel,
+    chosen: ChosenBlocks,
+    compression: Compression,
+    seed: int,
+    carried: dict[str, str],
 ) -> list[TensorSpec]:
     """Return what the bundle holds: tensors outside the blocks, and those of the kept blocks.
 
     Args:
         full: The full model.
-        plan: Which blocks are kept.
+        chosen: Which blocks are kept, and what stands in the place of each.
         compression: What becomes of the emulator blocks.
         seed: Of the compression.
         carried: Gets the digest of each tensor of the full model, by its name there, as the tensor
             is read to be written.
     """
-    position = {index: j for j, index in enumerate(plan.kept)}
-    emulator = set(plan.emulator)
+    emulated = [index in chosen.plan.emulator for index in chosen.plan.kept]
     found = []
     for name, info in full.weights.tensors.items():
         index = full.arch.block_of(name)
-        if index is not None and index not in position:
-            continue
-        compressed = compression.apply is not None and index in emulator
-        found.append(
-            TensorSpec(
-                name=name if index is None else full.arch.rename(name, position[index]),
-                dtype=info.dtype,
-                shape=info.shape,
-                pieces=_pieces(full, name, compression if compressed else None, seed, carried),
+        places = [place for place, stored in enumerate(chosen.stored) if stored == index]
+        for place in [None] if index is None else places:
+            changed = compression.apply is not None and place is not None and emulated[place]
+            found.append(
+                TensorSpec(
+                    name=name if place is None else full.arch.rename(name, place),
+                    dtype=info.dtype,
+                    shape=info.shape,
+                    pieces=_pieces(full, name, compression if changed else None, seed, carried),
+                )
             )
-        )
     return found
 
 
