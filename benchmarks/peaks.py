@@ -166,7 +166,10 @@ def peak_bytes(setting: Setting) -> int:
     command = [sys.executable, "-m", "benchmarks.peaks", json.dumps(asdict(setting))]
     processes = [
         subprocess.Popen(
-            command, cwd=ROOT, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE
+            command,
+            cwd=ROOT,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
         )
         for rank in range(workers)
     ]

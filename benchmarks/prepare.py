@@ -80,7 +80,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> Result:
     files = [_text(scratch / f"{size}.jsonl", words, size) for size in sizes]
     small = _text(scratch / "small.jsonl", words, 2**19)
     runs: dict[tuple[int, int], list[Run]] = {}
-    for size, file, rounds in zip(sizes, files, (args.rounds, 1), strict=True):
+    for size, file, rounds in zip(sizes, files, (args.rounds, args.rounds), strict=True):
         for _ in range(rounds):
             for workers in _WORKERS:
                 run = _run(file, small, args.block_size, workers, scratch)

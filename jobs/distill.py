@@ -15,17 +15,25 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from offsite_ray.bundle import MANIFEST
 from offsite_ray.cli import main as offsite_ray
 from offsite_ray.cli.arguments import parse
 from offsite_ray.cli.verbs import VERBS
+from offsite_ray.data import is_prepared
 from offsite_ray.errors import ConfigError, OffsiteError
 from offsite_ray.results import to_plain
 
 if TYPE_CHECKING:
-    from offsite_ray.config import CompressConfig, DistillConfig, PrepareConfig
+    from offsite_ray.config import (
+        CompressConfig,
+        DistillConfig,
+        EstimateConfig,
+        PrepareConfig,
+    )
 
 STEPS = ("compress", "prepare", "distill")
 
@@ -41,36 +49,54 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="VERB.KEY=VALUE")
     args = parser.parse_args(argv)
     try:
-        words = words_of_steps(Path(args.config).resolve(), args.overrides)
+        args.config = str(Path(args.config).resolve())
+        words = words_of_steps(args.config, args.overrides)
         os.chdir(args.root)
         configs = [parse(VERBS[step], words[step], VERBS).config for step in STEPS]
         if args.dry_run:
-            return say(*configs)
-    except OffsiteError as error:
+            return say(args.config, *configs)
+        if is_there("distill", configs[-1].out):
+            return 0
+        for step, config in zip(STEPS, configs, strict=True):
+            if not is_there(step, config.out) and (status := offsite_ray([step, *words[step]])):
+                return status
+    except (OffsiteError, OSError) as error:
         print(f"offsite-ray: error: {error}", file=sys.stderr)
-        return error.exit_status
-    for step, config in zip(STEPS, configs, strict=True):
-        if not Path(config.out).exists() and (status := offsite_ray([step, *words[step]])):
-            return status
+        return getattr(error, "exit_status", 2)
     return 0
 
 
-def say(compress: CompressConfig, prepare: PrepareConfig, distill: DistillConfig) -> int:
+def is_there(step: str, out: str) -> bool:
+    """Return whether a step's result is there, whole."""
+    return is_prepared(out) if step == "prepare" else (Path(out) / MANIFEST).is_file()
+
+
+def say(
+    recipe: str, compress: CompressConfig, prepare: PrepareConfig, distill: DistillConfig
+) -> int:
     """Print what distill would take, as JSON, also where its bundle is yet to be made."""
     from offsite_ray.estimate import dry_run
 
-    found = dry_run(distill, plan=compress.plan, seq_len=prepare.block_size)
-    print(json.dumps(to_plain(found), indent=2))
+    words = ["--config", recipe, f"model={distill.model}", f"plan={compress.plan}"]
+    asked: EstimateConfig = parse(VERBS["estimate"], words, VERBS).config
+    given = replace(
+        asked,
+        plan=compress.plan,
+        select=compress.select,
+        blocks=compress.blocks,
+        seq_len=prepare.block_size,
+    )
+    print(json.dumps(to_plain(dry_run(distill, given)), indent=2))
     return 0
 
 
-def words_of_steps(recipe: Path, overrides: list[str]) -> dict[str, list[str]]:
+def words_of_steps(recipe: str, overrides: list[str]) -> dict[str, list[str]]:
     """Return the words behind each verb; raise :class:`ConfigError` for one of no verb here."""
     for word in overrides:
         if word.partition(".")[0] not in STEPS:
             raise ConfigError(f"{word!r} begins with none of {', '.join(f'{s}.' for s in STEPS)}")
     return {
-        step: ["--config", str(recipe), *(w for w in overrides if w.startswith(f"{step}."))]
+        step: ["--config", recipe, *(w for w in overrides if w.startswith(f"{step}."))]
         for step in STEPS
     }
 

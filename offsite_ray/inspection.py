@@ -20,12 +20,11 @@ from offsite_ray.bundle import (
     MANIFEST,
     Kind,
     TensorDirectory,
-    digest_file,
     open_weights,
     read_manifest,
     read_verified,
 )
-from offsite_ray.data import open_prepared
+from offsite_ray.data import check_files, open_prepared
 from offsite_ray.data.manifest import DATA_MANIFEST, read_data_manifest
 from offsite_ray.emulator import (
     EmulatorBundle,
@@ -34,7 +33,6 @@ from offsite_ray.emulator import (
     open_bundle,
     open_full_model,
 )
-from offsite_ray.errors import DataError
 from offsite_ray.finetuning.host import host_of_full_model
 from offsite_ray.finetuning.methods import finetuning_method
 from offsite_ray.finetuning.writing import check_plug_in
@@ -172,11 +170,9 @@ def verify(config: VerifyConfig) -> VerifyResult:
 def _verify_data(config: VerifyConfig) -> VerifyResult:
     path = Path(config.path)
     manifest = read_data_manifest(path)
-    for file in manifest.files:
-        blocks = path / file.name
-        if not blocks.is_file() or digest_file(blocks) != file.digest:
-            raise DataError(f"{blocks} is missing or was altered; run 'offsite-ray prepare' again")
-    if config.model is not None:
+    if config.model is None:
+        check_files(path, manifest)
+    else:
         model = model_directory(config.model)
         open_prepared(path, model, load_config(model).vocab_size)
     return VerifyResult(

@@ -65,8 +65,9 @@ def plug_in(config: PlugInConfig, notice: Notice | None = None) -> PlugInResult:
     adapter = open_adapter(config.adapter)
     full = open_full_model(config.model, blocks_path(adapter.manifest))
     host = host_of_full_model(full, adapter.plan)
-    known = check_fits(adapter.path, adapter.manifest, full, host.other_files, from_memory=True)
     method = finetuning_method(adapter.method)
+    linked = host.other_files if method.replacements else full.weights.files
+    known = check_fits(adapter.path, adapter.manifest, full, linked, from_memory=True)
     with atomic_directory(out) as tmp:
         done = write_plugged_in(tmp, host, method, adapter.path, adapter.weights, known)
         manifest = Manifest(

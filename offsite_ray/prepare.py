@@ -81,7 +81,9 @@ def _rows(writer: PartWriter, num_workers: int) -> Generator[dict[str, str], Non
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     reference = ray.put(writer)
-    attempts = ray.remote(Attempts).options(num_cpus=0).remote()
+    attempts = (
+        ray.remote(Attempts).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
+    )
     num_parts = len(writer.parts)
     items = [{"index": index} for index in range(num_parts)]
     with DataContext.current(context):

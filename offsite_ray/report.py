@@ -17,6 +17,7 @@ from offsite_ray.results import (
     Gaps,
     SettingResult,
     TrainingHistory,
+    bytes_text,
     main_metric,
 )
 
@@ -339,12 +340,7 @@ def _score(score: Score | None) -> str:
 
 
 def _size(size: int | None) -> str:
-    if size is None:
-        return NOT_MEASURED
-    if size < 1024:
-        return f"{size} B"
-    power = min(4, (size.bit_length() - 1) // 10)
-    return f"{size / 1024**power:.1f} {' KMGT'[power]}iB"
+    return NOT_MEASURED if size is None else bytes_text(size)
 
 
 def _duration(seconds: float | None) -> str:

@@ -241,3 +241,13 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def bytes_text(size: int) -> str:
+    """Return a number of bytes as people read it, e.g. ``1.5 GiB``."""
+    shown, unit = float(size), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if shown < 1024:
+            break
+        shown, unit = shown / 1024, larger
+    return f"{size} bytes" if unit == "bytes" else f"{shown:.1f} {unit}"

@@ -11,14 +11,44 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from offsite_ray.errors import PlanError
+from offsite_ray.errors import PlanError, unknown_name
 
 SelectPositions = Callable[[Sequence[int], int], Sequence[int]]
 """A selection method: ``(middle, num_kept) -> kept``, absolute indices in ascending order."""
 
 _SHORT = re.compile(r"(\d+)-(\d+)-(\d+)")
 _EXPLICIT = re.compile(r"adapter=([\d,\-]*)\s+emulator=([\d,\-]*)")
+_NUMBERED = re.compile(r"([a-z]+)=([\d,\-]+)\s+keep=(\d+)")
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+
+
+def _bottom(num_blocks: int, count: int) -> list[int]:
+    return list(range(count))
+
+
+def _top(num_blocks: int, count: int) -> list[int]:
+    return list(range(num_blocks - count, num_blocks))
+
+
+def _both(num_blocks: int, count: int) -> list[int]:
+    """Half of them at the bottom, half at the top; of an odd number the one more at the bottom."""
+    return [*_bottom(num_blocks, count - count // 2), *_top(num_blocks, count // 2)]
+
+
+def _spread(num_blocks: int, count: int) -> list[int]:
+    """Evenly over the depth, both ends among them."""
+    if count == 1:
+        return [(num_blocks - 1) // 2]
+    return [round(i * (num_blocks - 1) / (count - 1)) for i in range(count)]
+
+
+PLACEMENTS: dict[str, Callable[[int, int], list[int]]] = {
+    "bottom": _bottom,
+    "top": _top,
+    "both": _both,
+    "spread": _spread,
+}
+"""Where adapter blocks may lie, by the word of a plan: ``(num_blocks, count) -> indices``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +69,7 @@ class SplitPlan:
     """Blocks in the full model."""
     adapter: tuple[int, ...]
     """Absolute indices of the adapter blocks, ascending."""
-    emulator: tuple[int, ...]
+    emulator: tuple[int, ...] = ()
     """Absolute indices of the blocks that the emulator keeps, ascending."""
 
     def __post_init__(self) -> None:
@@ -99,6 +129,11 @@ class SplitPlan:
         if len(segments) == 1:
             bottom, top = segments[0].blocks[0], self.num_blocks - 1 - segments[0].blocks[-1]
             return f"{bottom}-{len(self.emulator)}-{top}"
+        return self.spelled_out
+
+    @property
+    def spelled_out(self) -> str:
+        """``adapter=0,1,7 emulator=2,4``: every index, whoever selected it."""
         return f"adapter={_join(self.adapter)} emulator={_join(self.emulator)}"
 
 
@@ -106,32 +141,66 @@ def parse_plan(text: str, num_blocks: int, select: SelectPositions) -> SplitPlan
     """Resolve the text of a plan against a full model.
 
     Args:
-        text: ``"2-8-2"`` (bottom adapter blocks, emulator blocks, top adapter blocks) or
-            ``"adapter=0,8,17,31 emulator=1,3,5"``, where ``4-6`` stands for ``4,5,6``.
+        text: ``"2-8-2"`` (bottom adapter blocks, emulator blocks, top adapter blocks),
+            ``"spread=4 keep=8"`` (adapter blocks by a word of ``PLACEMENTS``, emulator blocks),
+            ``"adapter=0,8,17,31 keep=8"``, or ``"adapter=0,8,17,31 emulator=1,3,5"``; ``4-6``
+            stands for ``4,5,6``.
         num_blocks: Blocks in the full model.
-        select: Chooses the kept blocks of the middle in the short form.
+        select: Chooses the kept blocks of the middle where the plan only has their number.
 
     Raises:
         PlanError: The text is no plan, or the full model cannot follow it.
     """
     if match := _SHORT.fullmatch(text.strip()):
         bottom, num_kept, top = (int(group) for group in match.groups())
-        middle = range(bottom, num_blocks - top)
-        if bottom + top > num_blocks or num_kept > len(middle):
+        if bottom + num_kept + top > num_blocks:
             raise PlanError(
                 f"plan {text!r} needs {bottom + num_kept + top} blocks, the full model has "
                 f"{num_blocks}; make the three numbers sum to at most {num_blocks}"
             )
         adapter = (*range(bottom), *range(num_blocks - top, num_blocks))
-        return SplitPlan(
-            num_blocks=num_blocks, adapter=adapter, emulator=tuple(select(middle, num_kept))
-        )
+        return _selected(adapter, num_kept, num_blocks, select)
+    if match := _NUMBERED.fullmatch(text.strip()):
+        adapter = _placed(match[1], match[2], text, num_blocks)
+        num_kept = int(match[3])
+        # The indices are checked before anybody selects by them.
+        rest = num_blocks - len(SplitPlan(num_blocks=num_blocks, adapter=adapter).adapter)
+        if num_kept > rest:
+            raise PlanError(
+                f"plan {text!r} keeps {num_kept} blocks, and beside the adapter blocks the full "
+                f"model has {rest}; keep at most {rest}"
+            )
+        return _selected(adapter, num_kept, num_blocks, select)
     if match := _EXPLICIT.fullmatch(text.strip()):
         adapter, emulator = (_indices(group, text, num_blocks) for group in match.groups())
         return SplitPlan(num_blocks=num_blocks, adapter=adapter, emulator=emulator)
     raise PlanError(
-        f"plan {text!r} is neither of the form '2-8-2' nor 'adapter=0,1,30,31 emulator=2,5-9'"
+        f"plan {text!r} is of none of the forms '2-8-2', 'spread=4 keep=8', "
+        "'adapter=0,1,30,31 keep=8' and 'adapter=0,1,30,31 emulator=2,5-9'"
     )
+
+
+def _selected(
+    adapter: tuple[int, ...], num_kept: int, num_blocks: int, select: SelectPositions
+) -> SplitPlan:
+    empty = SplitPlan(num_blocks=num_blocks, adapter=adapter)
+    return SplitPlan(
+        num_blocks=num_blocks, adapter=adapter, emulator=tuple(select(empty.middle, num_kept))
+    )
+
+
+def _placed(word: str, given: str, text: str, num_blocks: int) -> tuple[int, ...]:
+    """Return the adapter blocks that a plan spells out, or places by a word and their number."""
+    if word == "adapter":
+        return _indices(given, text, num_blocks)
+    if word not in PLACEMENTS:
+        raise PlanError(unknown_name("placement", word, ("adapter", *PLACEMENTS)))
+    if not given.isdigit() or not 1 <= int(given) <= num_blocks:
+        raise PlanError(
+            f"plan {text!r} places {given} adapter blocks, and the full model has {num_blocks}; "
+            f"give a number from 1 to {num_blocks}"
+        )
+    return tuple(PLACEMENTS[word](num_blocks, int(given)))
 
 
 def _join(indices: tuple[int, ...]) -> str:

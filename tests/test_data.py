@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import processors
+from transformers import AutoConfig
 
 from offsite_ray.architectures import load_config, load_tokenizer
 from offsite_ray.config import FinetuneConfig
@@ -34,7 +35,7 @@ from offsite_ray.errors import DataError, ResumeError
 from offsite_ray.finetuning import finetune
 from offsite_ray.training import LanguageModelLoss, run_here
 from offsite_ray.training.batches import collate
-from offsite_ray.training.sources import prepared_for
+from offsite_ray.training.sources import prepared_for, row_length
 from tests.damage import edit_json
 from tests.loops import Loop, Stopped, ignore, stop_after
 from tests.texts import CHAT, DOCUMENTS, TALK, columns_of, save_tokenizer, write_rows
@@ -344,6 +345,12 @@ def test_data_of_another_tokenizer_is_refused(tokenizer_dir: Path, tmp_path: Pat
         open_prepared(tmp_path / "out", tmp_path / "other", 128)
     with pytest.raises(DataError, match="holds token 68, and the model knows 68"):
         open_prepared(tmp_path / "out", tokenizer_dir, 68)
+
+
+def test_a_model_without_positions_takes_rows_of_any_length() -> None:
+    bloom = AutoConfig.for_model("bloom")
+    assert row_length(bloom, None, None) == 1024
+    assert row_length(bloom, 4096, None) == row_length(bloom, None, 4096) == 4096
 
 
 def test_what_is_named_as_data_is_prepared_for_the_model(loop: Loop, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +19,7 @@ from offsite_ray.architectures import load_model, resolve_architecture
 from offsite_ray.bundle import TensorDirectory
 from offsite_ray.cli import main
 from offsite_ray.config import DistillConfig, EstimateConfig
+from offsite_ray.data import write_blocks
 from offsite_ray.distillation import distillation_module
 from offsite_ray.errors import ConfigError
 from offsite_ray.estimate import dry_run, estimate
@@ -81,15 +84,54 @@ def test_the_verb_prints_one_json_object(loop: Loop, capfd: pytest.CaptureFixtur
 
 def test_a_dry_run_of_distill_reads_no_weight(loop: Loop, tmp_path: Path) -> None:
     given: dict[str, Any] = {"data": ("nowhere",), "out": str(tmp_path / "out"), "max_steps": 7}
-    config = DistillConfig(model=str(loop.model), bundle=str(loop.bundle), **given)
-    found = dry_run(config, seq_len=16)
+    model = tmp_path / "model"
+    weightless = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(loop.model, model, ignore=weightless)
+    config = DistillConfig(model=str(model), bundle=str(loop.bundle), **given)
+    found = dry_run(replace(config, seq_len=16))
     assert (found.plan, found.total_steps, found.tokens_per_step) == ("1-2-1", 7, 8 * 16)
+    usual = dry_run(config)
+    assert usual.tokens_per_step == 8 * 64, "as many as the model has positions"
+    with pytest.raises(ConfigError, match="is more than the model's 64 positions"):
+        dry_run(replace(config, seq_len=65))
     assert found.estimate.distillation is not None
     assert found.checkpoint_bytes == 12 * found.estimate.distillation.num_trained
     missing = DistillConfig(model=str(loop.model), bundle=str(tmp_path / "none"), **given)
     with pytest.raises(ConfigError, match="is no bundle; make it first"):
         dry_run(missing)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_dry_run_takes_the_rows_of_prepared_data(loop: Loop, tmp_path: Path) -> None:
+    write_blocks([str(loop.text)], loop.model, 48, tmp_path / "data")
+    given: dict[str, Any] = {"data": (str(tmp_path / "data"),), "out": "out"}
+    config = DistillConfig(model=str(loop.model), bundle=str(loop.bundle), **given)
+    assert dry_run(config).tokens_per_step == 8 * 48
+    with pytest.raises(ConfigError, match="has blocks of 48 tokens, not seq_len=32"):
+        dry_run(replace(config, seq_len=32))
+
+
+def test_what_is_recomputed_takes_no_share_of_the_peak(loop: Loop) -> None:
+    config = EstimateConfig(model=str(loop.model), plan="1-2-1", seq_len=32)
+    plain, again = (estimate(replace(config, gradient_checkpointing=g)) for g in (False, True))
+    for cost in (plain.distillation, again.distillation):
+        assert cost is not None
+        useful = cost.operations.useful / (8 * 32)
+        assert cost.tokens_per_s == pytest.approx(312e12 * 0.4 / useful)
+    assert again.distillation is not None
+    assert again.distillation.operations.recomputed > 0
+    fp32 = estimate(replace(config, dtype="fp32"))
+    assert fp32.distillation is not None
+    assert fp32.distillation.tokens_per_s is None, "whose peak?"
+
+
+def test_a_pass_is_never_of_more_than_a_worker_has(loop: Loop) -> None:
+    config = EstimateConfig(model=str(loop.model), plan="1-2-1", seq_len=32, gpus=2, batch_size=8)
+    share = estimate(config).distillation
+    larger = estimate(replace(config, micro_batch_size=16)).distillation
+    assert share is not None
+    assert larger is not None
+    assert (larger.memory, larger.flops_per_step) == (share.memory, share.flops_per_step)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -270,7 +271,7 @@ def test_digests_that_cannot_be_read_are_not_known(
     assert remembered.recall(file) == remembered.nothing_known(file)
 
 
-@pytest.mark.parametrize("why", ["young", "small", "no cache"])
+@pytest.mark.parametrize("why", ["young", "small", "no cache", "no home"])
 def test_what_may_not_be_remembered_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
@@ -278,6 +279,9 @@ def test_what_may_not_be_remembered_is_not(
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     if why == "no cache":
         cache.write_text("in the way")
+    if why == "no home":  # as of a user that a container made up
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", staticmethod(Path("~nobody-of-that-name").expanduser))
     if why != "small":
         monkeypatch.setattr("offsite_ray.bundle.remembered._LEAST_BYTES", 0)
     file = tmp_path / "some.safetensors"
@@ -421,3 +425,49 @@ def test_lora_is_merged_alike_one_by_one_and_by_block(
     by_block = plug(model, tmp_path / "adapter", tmp_path / "by-block")
     assert alone.replaced == by_block.replaced != ()
     assert same_bytes(stored(tmp_path / "alone"), stored(tmp_path / "by-block"))
+
+
+# Places
+
+
+@pytest.mark.parametrize("kind", ["link", "here", "volume"])
+def test_a_place_that_no_directory_can_take_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    monkeypatch.chdir(tmp_path / "folder")
+    out = {"link": tmp_path / "link", "here": Path(), "volume": Path("/proc")}[kind]
+    with pytest.raises(StorageError, match="give a new name inside it"), atomic_directory(out):
+        pytest.fail("begun")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from offsite_ray.bundle import atomic_directory
+with atomic_directory(Path(sys.argv[1])) as tmp:
+    (tmp / "half").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_goes_and_what_another_writes_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(out)], check=False, env=environ)
+    assert killed.returncode == -9
+    assert [path.name.startswith(".out.tmp-") for path in tmp_path.iterdir()] == [True]
+    with atomic_directory(out) as other:
+        (left,) = tmp_path.iterdir()
+        assert left == other
+        with contextlib.ExitStack() as late:
+            (late.enter_context(atomic_directory(out)) / "file").write_text("late")
+            assert len(list(tmp_path.iterdir())) == 2
+            out.mkdir()
+            (out / "file").write_text("first")
+            with pytest.raises(StorageError, match="exists and is not empty"):
+                late.close()
+        assert other.is_dir()
+        shutil.rmtree(out)
+    assert list(tmp_path.iterdir()) == [out]

@@ -350,6 +350,13 @@ def test_a_store_that_is_not_there_is_one_line(tokenizer_dir: Path, sources: str
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["secret", "half/secret", "a secret", "secret%"])
+def test_no_message_has_a_key_in_it(key: str) -> None:
+    with pytest.raises(StorageError, match="bucket/path is on no filesystem") as caught:
+        place_of(f"nothing://id:{key}@bucket/path")
+    assert key not in str(caught.value)
+
+
 # The command line and the job
 
 

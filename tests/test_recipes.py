@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from offsite_ray.cli.verbs import VERBS
 from offsite_ray.emulator import open_bundle
 from offsite_ray.selection import selection_method
 from offsite_ray.split import parse_plan
+from offsite_ray.training.sources import row_length
 from tests.conftest import ROOT
 
 if TYPE_CHECKING:
@@ -94,13 +96,11 @@ def test_a_recipe_holds_for_the_real_shape(recipe: str, tmp_path: Path) -> None:
     compress, prepare, distill, finetune = (
         words_of(verb, recipe) for verb in ("compress", "prepare", "distill", "finetune")
     )
-    plan = parse_plan(compress.plan, arch.num_blocks, selection_method(compress.select))
+    choose = selection_method(compress.select).choose
+    plan = parse_plan(compress.plan, arch.num_blocks, lambda m, n: choose(m, n, None))
     assert plan.emulator
     assert not plan.keeps_every_block
-    longest = getattr(loaded, "max_position_embeddings", None) or getattr(
-        loaded, "seq_length", 2048
-    )
-    assert prepare.block_size <= longest
+    assert row_length(loaded, prepare.block_size, None) == prepare.block_size
     assert compress.model == distill.model
     assert compress.out == distill.bundle == prepare.tokenizer
     assert (prepare.out,) == distill.data
@@ -108,6 +108,15 @@ def test_a_recipe_holds_for_the_real_shape(recipe: str, tmp_path: Path) -> None:
     assert distill.batch_size % (distill.num_workers * distill.micro_batch_size) == 0
     assert distill.warmup_fraction * distill.max_steps == 2000
     assert distill.resume
+    asked = words_of("estimate", recipe)
+    assert (asked.model, asked.plan, asked.seq_len) == (
+        compress.model,
+        compress.plan,
+        prepare.block_size,
+    )
+    assert asked.gpus == distill.num_workers
+    for name in ("batch_size", "micro_batch_size", "zero_stage", "gradient_checkpointing"):
+        assert getattr(asked, name) == getattr(distill, name)
 
 
 def job(*words: str) -> subprocess.CompletedProcess[str]:
@@ -144,8 +153,16 @@ def test_the_job_goes_from_a_model_to_a_distilled_bundle(words: list[str], tmp_p
     manifest = open_bundle(tmp_path / "opt-1.3b" / "emulator").manifest
     assert manifest.recipe["distillation"]["max_steps"] == 3
     assert (tmp_path / "opt-1.3b" / "logs" / "metrics.jsonl").is_file()
+    shutil.rmtree(tmp_path / "opt-1.3b" / "public")
     again = job(*words)
-    assert (again.returncode, again.stdout) == (0, "")
+    assert (again.returncode, again.stdout) == (0, ""), "the emulator is there: nothing is left"
+
+
+def test_a_folder_that_is_not_there_is_one_line(words: list[str], tmp_path: Path) -> None:
+    refused = job("--root", str(tmp_path / "nowhere"), *words[2:])
+    assert refused.returncode == 2
+    assert "No such file or directory" in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 def test_the_job_does_what_is_left(words: list[str], tmp_path: Path) -> None:

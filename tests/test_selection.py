@@ -4,13 +4,27 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from offsite_ray.errors import PlanError
-from offsite_ray.selection import SELECTION_METHODS, selection_method, uniform
+from offsite_ray.selection import (
+    SELECTION_METHODS,
+    angular,
+    block_influence,
+    cka_cluster,
+    greedy,
+    nearest_kept,
+    selection_method,
+    tail,
+    uniform,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sequence
 
 
 @st.composite
@@ -56,17 +70,95 @@ def test_uniform_is_the_formula_of_the_paper(drawn: tuple[list[int], int]) -> No
         assert above - below in (0, 1)
 
 
-@pytest.mark.parametrize("name", sorted(SELECTION_METHODS))
+class Told:
+    """Signals as a test tells them."""
+
+    def __init__(
+        self,
+        influence: Sequence[float] = (),
+        states: Sequence[float] = (),
+        loss: Callable[[Collection[int]], float] = len,
+    ) -> None:
+        self._influence, self._states, self._loss = influence, states, loss
+
+    def influence(self, block: int) -> float:
+        return self._influence[block % len(self._influence)]
+
+    def distance(self, first: int, count: int) -> float:
+        return abs(self._states[(first + count) % 7] - self._states[first % 7])
+
+    def alignment(self, a: int, b: int) -> float:
+        return 1 / (1 + abs(self._states[a % 7] - self._states[b % 7]))
+
+    def loss(self, kept: Collection[int]) -> float:
+        return self._loss(kept)
+
+
+ANY = Told((0.3, 0.1, 0.2, 0.1), (0.0, 0.5, 0.1, 0.9, 0.4, 0.2, 0.7), lambda kept: sum(kept) % 11)
+
+
+@pytest.mark.parametrize("name", sorted(set(SELECTION_METHODS) - {"explicit", "angular"}))
 @given(drawn=middles())
 def test_every_method_keeps_as_many_as_asked_in_order(
     name: str, drawn: tuple[list[int], int]
 ) -> None:
     middle, num_kept = drawn
-    kept = list(selection_method(name)(middle, num_kept))
+    if name == "greedy":
+        middle = middle[:12]
+        num_kept = min(num_kept, len(middle))
+    choose = selection_method(name).choose
+    kept = list(choose(middle, num_kept, ANY))
     assert len(kept) == num_kept
     assert kept == sorted(set(kept))
     assert set(kept) <= set(middle)
-    assert list(selection_method(name)(middle, len(middle))) == middle
+    assert list(choose(middle, len(middle), ANY)) == middle
+
+
+def test_tail_drops_the_end() -> None:
+    assert tail([2, 3, 4, 7, 8], 3) == [2, 3, 4]
+
+
+def test_block_influence_keeps_what_changes_most() -> None:
+    told = Told(influence=[9.0, 0.4, 0.1, 0.3, 0.3, 0.2, 9.0])
+    assert block_influence(range(1, 6), 3, told) == [1, 3, 4]
+    assert block_influence(range(1, 6), 2, told) == [1, 3], "of equals, the lower one"
+
+
+def test_angular_drops_the_run_that_turns_least() -> None:
+    # from 1 on: |1.0 - 0.4|, |0.45 - 0.4|, |0.5 - 1.0| across two blocks
+    told = Told(states=[0.0, 0.4, 1.0, 0.45, 0.5, 0.9, 0.0])
+    assert angular([1, 2, 3, 4, 5], 3, told) == [3, 4, 5]
+    assert angular([1, 2, 3, 4, 5], 5, told) == [1, 2, 3, 4, 5]
+    assert angular([1, 2, 3], 0, told) == []
+    with pytest.raises(PlanError, match="drops 3 neighbouring blocks, and the adapter"):
+        angular([1, 2, 4, 5], 1, told)
+
+
+def test_cka_merges_the_neighbours_that_are_most_alike() -> None:
+    # 2 and 3 first (0.0 apart), then 4 to them (0.1 of 3), then 0 and 1 (0.2)
+    told = Told(states=[0.0, 0.2, 0.8, 0.8, 0.9, 0.5, 0.0])
+    assert cka_cluster([0, 1, 2, 3, 4, 5], 5, told) == [0, 1, 3, 4, 5]
+    assert cka_cluster([0, 1, 2, 3, 4, 5], 4, told) == [0, 1, 3, 5]
+    assert cka_cluster([0, 1, 2, 3, 4, 5], 3, told) == [1, 3, 5]
+
+
+def test_greedy_drops_what_hurts_least_given_what_is_gone() -> None:
+    losses = {(1, 2): 3.0, (0, 2): 2.0, (0, 1): 2.5, (2,): 5.0, (0,): 4.0}
+    told = Told(loss=lambda kept: losses[tuple(sorted(kept))])
+    assert greedy([0, 1, 2], 2, told) == [0, 2]
+    assert greedy([0, 1, 2], 1, told) == [0]
+
+
+def test_a_copy_is_of_the_nearest_of_its_kind() -> None:
+    assert nearest_kept("aaaaaa", [0, 3, 5]) == {0: 0, 1: 0, 2: 3, 3: 3, 4: 5, 5: 5}
+    assert nearest_kept("abbaab", [0, 2]) == {0: 0, 1: 2, 2: 2, 3: 0, 4: 0, 5: 2}
+    with pytest.raises(ValueError, match="no block of the kind 'b' is kept that block 1"):
+        nearest_kept("aba", [0, 2])
+
+
+def test_explicit_selects_nothing() -> None:
+    with pytest.raises(PlanError, match="name the 1 of 3 blocks in the plan"):
+        selection_method("explicit").choose([1, 2, 3], 1, None)
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones() -> None:

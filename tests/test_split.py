@@ -54,7 +54,7 @@ def test_the_bound_keeps_every_block() -> None:
     "text", ["2-2", "adapter=1", "0-1-0-1", "", "2-x-2", "-1-2-3", "2 - 8 - 2"]
 )
 def test_text_of_no_form_is_refused(text: str) -> None:
-    with pytest.raises(PlanError, match="neither of the form"):
+    with pytest.raises(PlanError, match="is of none of the forms"):
         parse_plan(text, 12, uniform)
 
 

@@ -23,7 +23,11 @@ from offsite_ray.architectures.loading import (
     quiet_transformers,
 )
 from offsite_ray.architectures.separation import check_separable
+from offsite_ray.architectures.skeleton import BlockCall, Skeleton
+from offsite_ray.architectures.standin import StandIn
 from offsite_ray.architectures.surgery import (
+    block_kinds,
+    block_model,
     block_parameters,
     disk_state,
     kept_config,
@@ -35,8 +39,13 @@ __all__ = [
     "DTYPES",
     "FAMILIES",
     "Architecture",
+    "BlockCall",
     "Family",
     "Notice",
+    "Skeleton",
+    "StandIn",
+    "block_kinds",
+    "block_model",
     "block_parameters",
     "check_separable",
     "config_values",

@@ -50,14 +50,18 @@ def kept_config(config: PretrainedConfig, arch: Architecture, kept: Sequence[int
         ) from error
 
 
-def one_of_each_kind(config: PretrainedConfig) -> list[int]:
-    """Return the first block of each kind that the config's per-block lists tell apart."""
+def block_kinds(config: PretrainedConfig) -> list[tuple[Any, ...]]:
+    """Return the kind of every block, by which the config's per-block lists tell them apart."""
     values = config.to_dict()
     lists = [values[name] for name in BLOCK_LISTS if isinstance(values.get(name), list | tuple)]
-    first: dict[tuple[Any, ...], int] = {}
-    for index in range(config.num_hidden_layers):
-        first.setdefault(tuple(per_block[index] for per_block in lists), index)
-    return list(first.values())
+    count = config.num_hidden_layers
+    return [tuple(per_block[index] for per_block in lists) for index in range(count)]
+
+
+def one_of_each_kind(config: PretrainedConfig) -> list[int]:
+    """Return the first block of each kind."""
+    kinds = block_kinds(config)
+    return [kinds.index(kind) for kind in dict.fromkeys(kinds)]
 
 
 def disk_state(

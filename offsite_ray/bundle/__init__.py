@@ -26,6 +26,7 @@ from offsite_ray.bundle.packed import (
     packed_specs,
     write_packed,
 )
+from offsite_ray.bundle.remembered import user_cache
 from offsite_ray.bundle.shards import (
     TensorSpec,
     lazy_spec,
@@ -77,6 +78,7 @@ __all__ = [
     "specs",
     "storage_error",
     "tensor_bytes",
+    "user_cache",
     "write_file",
     "write_manifest",
     "write_model",

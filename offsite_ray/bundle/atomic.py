@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import os
 import secrets
 import shutil
@@ -22,10 +24,15 @@ def check_free(out: Path) -> None:
     Raises:
         StorageError: Something non-empty is there, or nothing can be written beside it.
     """
+    if out.is_symlink() or out.name in ("", "..") or os.path.ismount(out):
+        raise StorageError(
+            f"{str(out)!r} is a link, a volume or no name, and what is written takes its name at "
+            "the end; give a new name inside it"
+        )
     if out.is_dir():
         if any(out.iterdir()):
             raise StorageError(f"{out} exists and is not empty; choose another --out or remove it")
-    elif out.exists() or out.is_symlink():
+    elif out.exists():
         raise StorageError(f"{out} is in the way; choose another --out or remove it")
     check_parent(out)
 
@@ -47,19 +54,19 @@ def check_parent(out: Path) -> None:
 def atomic_directory(out: Path) -> Iterator[Path]:
     """Yield a temporary sibling of ``out`` that takes its name when the block ends well.
 
-    On any exception, an interrupt among them, the sibling is removed.
+    On any exception, an interrupt among them, the sibling is removed; that of a process which was
+    killed goes when the next one writes to ``out``.
 
     Raises:
         StorageError: ``out`` is taken, or the file system refuses (no space, no permission).
     """
     check_free(out)
-    tmp = _sibling(out)
     try:
-        with made_parent(out):
+        with made_parent(out), _locked_sibling(out) as tmp:
             try:
-                tmp.mkdir()
                 yield tmp
                 _sync_tree(tmp)
+                check_free(out)  # another may have written it meanwhile
                 if out.is_dir():
                     out.rmdir()
                 tmp.rename(out)
@@ -111,6 +118,31 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     """Return what the operating system refused, as one line."""
     where = error.filename or path
     return StorageError(f"{where}: {error.strerror or error}; nothing was left at {path}")
+
+
+@contextlib.contextmanager
+def _locked_sibling(out: Path) -> Iterator[Path]:
+    """Make a temporary directory beside ``out`` that is locked as long as its process lives."""
+    for old in out.parent.glob(f".{glob.escape(out.name)}.tmp-*"):
+        with contextlib.suppress(OSError), _lock(old):  # another's, who is at work
+            shutil.rmtree(old, ignore_errors=True)
+    tmp = _sibling(out)
+    tmp.mkdir()
+    with _lock(tmp):
+        # Between the two, somebody may have taken it for one that was left.
+        tmp.mkdir(exist_ok=True)
+        yield tmp
+
+
+@contextlib.contextmanager
+def _lock(directory: Path) -> Iterator[None]:
+    """Lock a directory; raise :class:`OSError` where another process has."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _sibling(out: Path) -> Path:

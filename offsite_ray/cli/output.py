@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from offsite_ray.results import bytes_text
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import TextIO
@@ -21,7 +23,6 @@ _MOST_ENTRIES = 20
 """Entries of a nested list or mapping that a summary shows."""
 _MOST_CHARACTERS = 100
 """Characters of a list on one line."""
-_UNITS = ("KiB", "MiB", "GiB", "TiB")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,7 +142,7 @@ def _shown(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int) and key.endswith("bytes"):
-        return _size(value)
+        return bytes_text(value)
     if isinstance(value, float):
         return f"{value:.1f} s" if key.endswith("seconds") else f"{value:.5g}"
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -157,12 +158,3 @@ def _listed(values: Sequence[Any]) -> str:
         shown.pop()
     more = f", ... ({len(values)} in all)" if len(shown) < len(values) else ""
     return ", ".join(shown) + more or "none"
-
-
-def _size(size: int) -> str:
-    shown, unit = float(size), "bytes"
-    for larger in _UNITS:
-        if shown < 1024:
-            break
-        shown, unit = shown / 1024, larger
-    return f"{size} bytes" if unit == "bytes" else f"{shown:.1f} {unit}"

@@ -13,20 +13,36 @@ class CompressConfig:
     """Make an emulator bundle out of a full model."""
 
     model: str
-    """Directory of the full model."""
+    """Directory of the full model, or its name on the hub."""
     plan: str
-    """Split plan: '2-8-2', or 'adapter=0,1,30,31 emulator=2,5-9'."""
+    """Split plan: '2-8-2', 'adapter=0,1,30,31 keep=8', 'spread=4 keep=8', or every index, as
+    'adapter=0,1,30,31 emulator=2,5-9'."""
     out: str
     """Directory to write the emulator bundle to."""
     select: str = "uniform"
-    """Selection method for the kept blocks of a short plan."""
+    """Selection method for the kept blocks of a plan that only numbers them."""
+    calibration: tuple[str, ...] = ()
+    """Text or prepared data for a method that looks at what the full model does with it."""
+    calibration_sequences: int = 128
+    """Sequences of it, drawn by the seed."""
+    calibration_seq_len: int | None = None
+    """Tokens in each; by default as many as the model takes, up to 1024."""
     compress: str = "none"
     """What becomes of the matrices of the kept blocks: 'prune:0.5', 'prune:2:4', 'quantize:8',
     'low_rank:0.5', or several joined by '+', in order."""
     blocks: str | None = None
     """Path of the block list in a model whose family is in no table, e.g. 'model.layers'."""
     seed: int = 0
-    """Seed of selection methods that draw."""
+    """Seed of what is drawn: the sequences of the calibration."""
+
+    def __post_init__(self) -> None:
+        """Check ranges; raise :class:`ConfigError`."""
+        if self.calibration_sequences < 1:
+            raise ConfigError(
+                f"calibration_sequences={self.calibration_sequences} must be at least 1"
+            )
+        if self.calibration_seq_len is not None and self.calibration_seq_len < 2:
+            raise ConfigError(f"calibration_seq_len={self.calibration_seq_len} must be at least 2")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +85,7 @@ class PlugInConfig:
     """Put an adapter bundle into the full model."""
 
     model: str
-    """Directory of the full model."""
+    """Directory of the full model, or its name on the hub."""
     adapter: str
     """Adapter bundle that came back from the data owner."""
     out: str

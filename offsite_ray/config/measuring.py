@@ -112,9 +112,9 @@ class EstimateConfig:
     tokens: int = 10**9
     """Tokens to train on, for the time."""
     utilisation: float = 0.4
-    """Share of the peak that training reaches."""
+    """Share of the peak that training reaches, what is recomputed not counted (MFU)."""
     peak_tflops: float | None = None
-    """Peak of one device in the arithmetic of the forward pass; by default an A100's in bf16."""
+    """Peak of one device in the arithmetic of the forward pass; for bf16 by default an A100's."""
     use_gpu: bool = True
     """Estimate for GPUs; otherwise for processes on the CPU."""
 

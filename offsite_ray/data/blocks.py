@@ -131,12 +131,12 @@ def split_blocks(path: Path, eval_fraction: float, seed: int) -> tuple[TokenBloc
             f"the data makes {count} block, and one is held out for evaluation; give more text or "
             "a smaller --seq-len"
         )
-    blocks = BlockFiles(path, manifest.files)
     order = np.random.default_rng(seed).permutation(count)
     num_held_out = min(count - 1, max(1, round(count * eval_fraction)))
     return (
-        TokenBlocks(blocks, np.sort(order[num_held_out:])),
-        TokenBlocks(blocks, np.sort(order[:num_held_out])),
+        # Files of their own: the ones are read ahead in a thread while the others are read.
+        TokenBlocks(BlockFiles(path, manifest.files), np.sort(order[num_held_out:])),
+        TokenBlocks(BlockFiles(path, manifest.files), np.sort(order[:num_held_out])),
     )
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-_SECRETS = re.compile(r"(?<=://)[^/@]*@|\?.*")
+_SECRETS = re.compile(r"(?<=://).*@|\?.*")
 """The key and the options that a URI may have, which no message and no result repeats."""
 
 
@@ -101,7 +101,8 @@ def place_of(name: str) -> Place:
             filesystem, path = FileSystem.from_uri(f"fsspec+{name}")
     except (ValueError, OSError, ImportError) as error:
         raise StorageError(
-            f"{shown} is on no filesystem that can be used here: {first_line(error)}; give a path, "
+            f"{shown} is on no filesystem that can be used here: "
+            f"{first_line(error).replace(name, shown)}; give a path, "
             "or a URI of a filesystem of pyarrow (s3://, gs://) or of fsspec"
         ) from error
     return Place(filesystem, path, path if isinstance(filesystem, LocalFileSystem) else shown)

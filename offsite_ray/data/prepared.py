@@ -265,10 +265,7 @@ def open_prepared(path: str | Path, tokenizer_dir: str | Path, vocab_size: int) 
             f"{path} was prepared with another tokenizer than that of {tokenizer_dir}; run "
             f"'offsite-ray prepare --tokenizer {tokenizer_dir}'"
         )
-    for file in manifest.files:
-        blocks = folder / file.name
-        if not blocks.is_file() or digest_file(blocks) != file.digest:
-            raise DataError(f"{blocks} is missing or was altered; run 'offsite-ray prepare' again")
+    check_files(folder, manifest)
     if manifest.max_token >= vocab_size:
         raise DataError(
             f"{path} holds token {manifest.max_token}, and the model knows {vocab_size}: the "
@@ -281,6 +278,14 @@ def open_prepared(path: str | Path, tokenizer_dir: str | Path, vocab_size: int) 
         tokenizer=manifest.tokenizer,
         digest=manifest.digest,
     )
+
+
+def check_files(folder: Path, manifest: DataManifest) -> None:
+    """Check every file of a prepared directory; raise :class:`DataError` for one that is not."""
+    for file in manifest.files:
+        blocks = folder / file.name
+        if not blocks.is_file() or digest_file(blocks) != file.digest:
+            raise DataError(f"{blocks} is missing or was altered; run 'offsite-ray prepare' again")
 
 
 def fetch_prepared(place: Place, out: Path) -> None:

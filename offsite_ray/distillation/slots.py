@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from offsite_ray.architectures import StandIn
 from offsite_ray.distillation.losses import DistillationLoss, last_stood_for, normalized_error
 
 if TYPE_CHECKING:
@@ -99,22 +100,13 @@ class Stream:
         return hidden if self._rest is None else (hidden, *self._rest)
 
 
-class _Slot(nn.Module):
+class _Slot(StandIn):
     """The place of a block."""
-
-    attributes_of: str
-    """Which block answers what a model asks of its block, e.g. its attention type."""
 
     def __init__(self, stream: Stream, *, join: bool) -> None:
         super().__init__()
         self._stream = stream
         self._join = join
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__(self.attributes_of), name)
 
 
 class MiddleSlot(_Slot):

@@ -17,8 +17,8 @@ from offsite_ray.emulator.bundle import (
 )
 from offsite_ray.emulator.companions import refuse_bottlenecks, write_companions
 from offsite_ray.emulator.compress import CompressResult, compress
-from offsite_ray.emulator.full_model import FullModel, open_full_model
 from offsite_ray.emulator.unpack import UnpackResult, unpack
+from offsite_ray.full_model import FullModel, open_full_model
 
 __all__ = [
     "CompressResult",

@@ -26,9 +26,9 @@ from offsite_ray.bundle import (
     write_packed,
 )
 from offsite_ray.emulator.companions import belongs_to_bundle, write_companions
-from offsite_ray.emulator.full_model import FullModel, check_block_count
 from offsite_ray.emulator.packing import packed_again
 from offsite_ray.errors import IntegrityError, PlugInError
+from offsite_ray.full_model import FullModel, check_block_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -55,10 +55,15 @@ class EmulatorBundle:
         """The split plan, in absolute indices of the full model."""
         return self.manifest.plan
 
+    @property
+    def stored_blocks(self) -> tuple[int, ...]:
+        """Block of the full model that each block is: itself, or the one that it copies."""
+        return tuple(self.manifest.recipe.get("selection", {}).get("copies_of", self.plan.kept))
+
     def full_name(self, name: str) -> str:
         """Return the name in the full model of a tensor of the bundle."""
         index = self.arch.block_of(name)
-        return name if index is None else self.arch.rename(name, self.plan.kept[index])
+        return name if index is None else self.arch.rename(name, self.stored_blocks[index])
 
     def own_name(self, name: str) -> str:
         """Return the name in the bundle of a tensor of the full model (of a kept block)."""
@@ -90,6 +95,8 @@ def open_bundle(directory: str | Path) -> EmulatorBundle:
             f"manifest of a {manifest.model.family} of {len(manifest.plan.kept)}"
         )
     check_block_count(path, arch, weights)
+    if len(bundle.stored_blocks) != len(manifest.plan.kept):
+        raise IntegrityError(f"{path}: the manifest does not say of every block which it copies")
     odd = {bundle.full_name(n) for n in weights.tensors} ^ set(manifest.full_model.carried)
     if odd:
         raise IntegrityError(f"{path}: tensor {min(odd)!r} is missing or not in the manifest")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.architectures import Notice, check_separable, kept_config, linear_weights
+from offsite_ray.architectures import Notice, kept_config, linear_weights
 from offsite_ray.architectures.packed import NEEDS
 from offsite_ray.bundle import (
     DTYPE_NAMES,
@@ -22,12 +22,11 @@ from offsite_ray.bundle import (
     write_manifest,
 )
 from offsite_ray.compression import GROUP_SIZE, Compression, PackedTensor, parse_compression
+from offsite_ray.emulator.choosing import ChosenBlocks, choose_blocks
 from offsite_ray.emulator.companions import refuse_bottlenecks, write_companions
-from offsite_ray.emulator.full_model import FullModel, check_by_example, open_full_model
 from offsite_ray.emulator.matrices import MatrixToCompress
 from offsite_ray.emulator.packing import wrap_config, write_weights
-from offsite_ray.selection import selection_method
-from offsite_ray.split import SplitPlan, parse_plan
+from offsite_ray.full_model import FullModel, check_by_example, open_full_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -66,16 +65,16 @@ def compress(config: CompressConfig, notice: Notice | None = None) -> CompressRe
     compression = parse_compression(config.compress)
     full = open_full_model(config.model, config.blocks, notice)
     refuse_bottlenecks(full.path)
-    plan = parse_plan(config.plan, full.arch.num_blocks, selection_method(config.select))
-    check_separable(full.config, full.arch, plan)
+    chosen = choose_blocks(full, config, notice)
+    plan = chosen.plan
     if full.arch.recognised != "table":
         check_by_example(full)
     recipe = {
-        "selection": {"method": config.select, "seed": config.seed},
+        "selection": {"method": config.select, "seed": config.seed, **chosen.recipe},
         "compression": compression.recipe(),
         "distillation": None,
     }
-    manifest = _write_bundle(full, plan, compression, out, recipe, start)
+    manifest = _write_bundle(full, chosen, compression, out, recipe, start)
     if "packed" in manifest.dtypes and notice is not None:
         notice(NEEDS)
     return CompressResult(
@@ -93,17 +92,18 @@ def compress(config: CompressConfig, notice: Notice | None = None) -> CompressRe
 
 def _write_bundle(
     full: FullModel,
-    plan: SplitPlan,
+    chosen: ChosenBlocks,
     compression: Compression,
     out: Path,
     recipe: Mapping[str, Any],
     start: float,
 ) -> Manifest:
     carried: dict[str, str] = {}
-    tensors, packed = bundle_tensors(full, plan, compression, carried)
+    tensors, packed = bundle_tensors(full, chosen, compression, carried)
     with atomic_directory(out) as tmp:
         files = write_weights(tmp, tensors, packed)
-        files |= write_companions(full.path, tmp, kept_config(full.config, full.arch, plan.kept))
+        config = kept_config(full.config, full.arch, chosen.stored)
+        files |= write_companions(full.path, tmp, config)
         files |= wrap_config(tmp, packed)
         manifest = Manifest(
             kind="emulator_bundle",
@@ -113,7 +113,7 @@ def _write_bundle(
                 blocks=full.arch.family.blocks,
                 recognised=full.arch.recognised,
             ),
-            plan=plan,
+            plan=chosen.plan,
             full_model=fingerprint(full.path, full.weights, carried),
             files=files,
             recipe=recipe,
@@ -128,13 +128,13 @@ def _write_bundle(
 
 
 def bundle_tensors(
-    full: FullModel, plan: SplitPlan, compression: Compression, carried: dict[str, str]
+    full: FullModel, chosen: ChosenBlocks, compression: Compression, carried: dict[str, str]
 ) -> tuple[list[TensorSpec], dict[str, PackedTensor]]:
     """Return what the bundle holds: tensors outside the blocks, and those of the kept blocks.
 
     Args:
         full: The full model.
-        plan: Which blocks are kept.
+        chosen: Which blocks are kept, and what stands in the place of each.
         compression: What becomes of the matrices of the emulator blocks.
         carried: Gets the digest of each tensor of the full model, by its name there, as the tensor
             is read to be written.
@@ -145,34 +145,33 @@ def bundle_tensors(
     Raises:
         IntegrityError: A matrix is stored in a dtype that cannot be compressed.
     """
-    position = {index: j for j, index in enumerate(plan.kept)}
-    emulator = set(plan.emulator)
+    emulated = [index in chosen.plan.emulator for index in chosen.plan.kept]
     names = full.weights.tensors
     matrices = linear_weights(full.config, full.arch, names) if compression.steps else {}
     found: list[TensorSpec] = []
     packed: dict[str, PackedTensor] = {}
     for name, info in names.items():
         index = full.arch.block_of(name)
-        if index is not None and index not in position:
-            continue
-        own_name = name if index is None else full.arch.rename(name, position[index])
-        if index not in emulator or name not in matrices:
-            pieces = _pieces(full, name, carried)
-            found.append(
-                TensorSpec(name=own_name, dtype=info.dtype, shape=info.shape, pieces=pieces)
+        places = [place for place, stored in enumerate(chosen.stored) if stored == index]
+        for place in [None] if index is None else places:
+            own_name = name if place is None else full.arch.rename(name, place)
+            if place is None or not emulated[place] or name not in matrices:
+                pieces = _pieces(full, name, carried)
+                found.append(
+                    TensorSpec(name=own_name, dtype=info.dtype, shape=info.shape, pieces=pieces)
+                )
+                continue
+            matrix = MatrixToCompress(
+                full=full,
+                name=name,
+                transposed=matrices[name],
+                compression=compression,
+                carried=carried,
             )
-            continue
-        matrix = MatrixToCompress(
-            full=full,
-            name=name,
-            transposed=matrices[name],
-            compression=compression,
-            carried=carried,
-        )
-        matrix.check()
-        found += matrix.specs(own_name)
-        if (how := matrix.packed()) is not None:
-            packed[own_name] = how
+            matrix.check()
+            found += matrix.specs(own_name)
+            if (how := matrix.packed()) is not None:
+                packed[own_name] = how
     return found, packed
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from offsite_ray.bundle import TensorSpec
     from offsite_ray.compression import Compression
-    from offsite_ray.emulator.full_model import FullModel
+    from offsite_ray.full_model import FullModel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,22 +3,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from offsite_ray.architectures import load_config, model_directory
 from offsite_ray.bundle import MANIFEST, read_manifest
 from offsite_ray.config import EstimateConfig
+from offsite_ray.data import is_prepared, place_of
+from offsite_ray.data.manifest import read_data_manifest
+from offsite_ray.emulator import blocks_path
 from offsite_ray.errors import ConfigError
 from offsite_ray.estimate.run import Estimate, estimate
+from offsite_ray.training.sources import row_length
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from offsite_ray.architectures import Notice
     from offsite_ray.config import DistillConfig
-
-_BYTES_OF_STATE = 12
-"""Of a parameter in a checkpoint: its float32 master and two moments."""
-_SEQ_LEN = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,55 +42,65 @@ class DryRun:
 
 
 def dry_run(
-    config: DistillConfig,
-    *,
-    plan: str | None = None,
-    seq_len: int | None = None,
-    notice: Notice | None = None,
+    config: DistillConfig, given: EstimateConfig | None = None, notice: Notice | None = None
 ) -> DryRun:
     """Return what a distillation would take; nothing is trained and no weight is read.
 
     Args:
         config: As for the run itself.
-        plan: Split plan, where the bundle is not there yet.
-        seq_len: Tokens in a sequence, where neither ``config`` nor this says: 512.
+        given: What a run does not say: the GPUs' memory, and, where they are not there yet, the
+            plan of the bundle and the length of the data's rows.
         notice: Told what is unusual but not wrong.
 
     Raises:
         ConfigError: There is neither a bundle nor a plan, or nothing to distil.
         OffsiteError: The full model's config cannot be used.
     """
+    model = load_config(model_directory(config.model, files=("config.json",)))
     if (Path(config.bundle) / MANIFEST).is_file():
-        kept = read_manifest(Path(config.bundle)).plan
-        adapter, emulator = (",".join(map(str, part)) for part in (kept.adapter, kept.emulator))
-        plan = f"adapter={adapter} emulator={emulator}"
-    if plan is None:
+        manifest = read_manifest(Path(config.bundle))
+        usual = EstimateConfig(model=config.model, plan="", seq_len=row_length(model, None, None))
+        plan, blocks = manifest.plan.spelled_out, blocks_path(manifest)
+        given = replace(given or usual, plan=plan, blocks=blocks)
+    if given is None:
         raise ConfigError(f"{config.bundle} is no bundle; make it first: offsite-ray compress")
-    length = config.seq_len or seq_len or _SEQ_LEN
-    tokens = config.batch_size * length
-    found = estimate(_estimate_config(config, plan, length), notice)
+    prepared = _prepared_length(config.data)
+    length = row_length(model, config.seq_len, prepared)
+    if prepared is None and config.seq_len is None:
+        length = row_length(model, given.seq_len, None)
+    found = estimate(_estimate_config(config, given, length), notice)
     if found.distillation is None:
-        raise ConfigError(f"the plan {plan} keeps no emulator block, so there is nothing to distil")
+        raise ConfigError(
+            f"the plan {given.plan} keeps no emulator block, so there is nothing to distil"
+        )
     return DryRun(
         plan=found.model.plan,
         num_workers=config.num_workers,
         zero_stage=config.zero_stage,
         offload=config.offload,
         total_steps=config.max_steps,
-        tokens_per_step=tokens,
-        checkpoint_bytes=_BYTES_OF_STATE * found.distillation.num_trained,
+        tokens_per_step=config.batch_size * length,
+        checkpoint_bytes=found.artefact_bytes.distillation_checkpoint,
         estimate=found,
     )
 
 
-def _estimate_config(config: DistillConfig, plan: str, seq_len: int) -> EstimateConfig:
-    return EstimateConfig(
+def _prepared_length(sources: Sequence[str]) -> int | None:
+    """Return the tokens of a row of data that is prepared, and on this machine."""
+    for place in map(place_of, sources):
+        if place.is_local and is_prepared(place.path):
+            return read_data_manifest(Path(place.path)).block_size
+    return None
+
+
+def _estimate_config(config: DistillConfig, given: EstimateConfig, length: int) -> EstimateConfig:
+    return replace(
+        given,
         model=config.model,
-        plan=plan,
         gpus=max(1, config.num_workers),
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
-        seq_len=seq_len,
+        seq_len=length,
         dtype=config.dtype,
         gradient_checkpointing=config.gradient_checkpointing,
         zero_stage=config.zero_stage,
@@ -97,7 +110,7 @@ def _estimate_config(config: DistillConfig, plan: str, seq_len: int) -> Estimate
         logits_weight=config.logits_weight,
         lm_weight=config.lm_weight,
         teacher_cache=config.teacher_cache is not None,
-        tokens=(config.max_steps or 1) * config.batch_size * seq_len,
-        peak_tflops=config.peak_tflops,
+        tokens=(config.max_steps or 1) * config.batch_size * length,
+        peak_tflops=config.peak_tflops or given.peak_tflops,
         use_gpu=config.use_gpu is not False,
     )

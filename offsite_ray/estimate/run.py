@@ -26,7 +26,7 @@ _GPU_COUNTS = (1, 2, 4, 8)
 """Counts that are always listed."""
 _OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "all")
 _A100_TFLOPS = 312.0
-"""Dense bf16 peak of an A100, by its data sheet: where no other is given."""
+"""Dense bf16 peak of an A100, by its data sheet: for bf16, where no other is given."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +61,8 @@ class Cost:
     flops_per_step: int
     """Over all workers."""
     tokens_per_s: float | None
-    """Of all workers together at the given utilisation; None where the peak is not known."""
+    """Of all workers together, where what is not recomputed takes the given share of the peak; None
+    where the peak is not known."""
     seconds: float | None
     """For the given number of tokens."""
 
@@ -164,13 +165,15 @@ def _distill_config(config: EstimateConfig) -> DistillConfig:
     )
 
 
-def _micro_batch(config: EstimateConfig) -> int:
-    return config.micro_batch_size or config.batch_size // config.gpus
+def micro_batch(config: EstimateConfig) -> int:
+    """Return the sequences in one forward pass of one device."""
+    share = config.batch_size // config.gpus
+    return min(config.micro_batch_size or share, share)
 
 
 def _step(config: EstimateConfig) -> Step:
     return Step(
-        batch_size=_micro_batch(config),
+        batch_size=micro_batch(config),
         seq_len=config.seq_len,
         packed=config.packed,
         gpu=config.use_gpu,
@@ -184,7 +187,7 @@ def _worker(config: EstimateConfig) -> Worker:
         offload=config.offload,
         num_workers=config.gpus,
         itemsize=DTYPES[config.dtype].itemsize,
-        num_micro_batches=-(-own // _micro_batch(config)),
+        num_micro_batches=-(-own // micro_batch(config)),
         gpu=config.use_gpu,
     )
 
@@ -221,7 +224,13 @@ def _options(rehearsals: Mapping[bool, Rehearsal], config: EstimateConfig) -> It
 def _smallest(rehearsal: Rehearsal, worker: Worker, config: EstimateConfig) -> int | None:
     counts = range(1, _MOST_GPUS + 1) if worker.zero_stage else (1, 2)
     memories = ((n, memory_of(rehearsal, replace(worker, num_workers=n))) for n in counts)
-    return next((n for n, memory in memories if _fits(memory, config)), None)
+    least = None
+    for count, memory in memories:
+        if not _fits(memory, config):
+            least = None
+        elif least is None:
+            least = count
+    return least
 
 
 def _fits(memory: Memory, config: EstimateConfig) -> bool:
@@ -261,14 +270,22 @@ def _alone(config: EstimateConfig) -> Worker:
     return Worker(zero_stage=None, itemsize=DTYPES[config.dtype].itemsize, gpu=config.use_gpu)
 
 
+def peak_tflops(config: EstimateConfig) -> float | None:
+    """Return the peak of one device that the time is reckoned with; None where it is not known."""
+    known = config.use_gpu and config.dtype == "bf16"
+    return config.peak_tflops or (_A100_TFLOPS if known else None)
+
+
 def _cost(rehearsal: Rehearsal, worker: Worker, config: EstimateConfig) -> Cost:
     memory = memory_of(rehearsal, worker)
     passes = worker.num_workers * worker.num_micro_batches
-    per_token = rehearsal.operations.total / (_micro_batch(config) * config.seq_len)
-    peak = config.peak_tflops or (_A100_TFLOPS if config.use_gpu else None)
+    num_tokens = micro_batch(config) * config.seq_len
+    per_token = rehearsal.operations.total / num_tokens
+    peak = peak_tflops(config)
     speed = None
     if peak is not None:
-        speed = worker.num_workers * peak * 1e12 * config.utilisation / per_token
+        useful = rehearsal.operations.useful / num_tokens
+        speed = worker.num_workers * peak * 1e12 * config.utilisation / useful
     return Cost(
         num_trained=rehearsal.trained,
         memory=memory,

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +26,7 @@ from offsite_ray.distillation.cache import needed_ends
 from offsite_ray.distillation.module import TEACHER
 from offsite_ray.finetuning import finetuning_module
 from offsite_ray.rehearsal import Rehearsal, empty_batch, rehearse
-from offsite_ray.selection import selection_method
+from offsite_ray.selection import SELECTION_METHODS, selection_method
 from offsite_ray.split import parse_plan
 from offsite_ray.training import set_dtypes
 
@@ -95,7 +94,7 @@ class Shapes:
             self.arch,
             self.plan,
             # What is compiled takes no stand-ins, and no other memory worth mentioning.
-            dataclasses.replace(config, compile=False),
+            replace(config, compile=False),
             use_positions=_takes_positions(emulator),
         )
         return _rehearsed(
@@ -143,7 +142,12 @@ def open_shapes(
     config = load_config(model_directory(model, files=("config.json",)))
     drop_dropout(config)
     arch = resolve_architecture(config, blocks, notice)
-    split = parse_plan(plan, arch.num_blocks, selection_method(select))
+    method = selection_method(select)
+    # Which blocks a method keeps may take the weights and some text; here only their number counts.
+    choose = SELECTION_METHODS["uniform"].choose if method.needs_text else method.choose
+    split = parse_plan(plan, arch.num_blocks, lambda middle, count: choose(middle, count, None))
+    if method.shares:
+        split = replace(split, emulator=split.middle)
     check_separable(config, arch, split)
     return Shapes(config=config, arch=arch, plan=split)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from offsite_ray.estimate.run import micro_batch, peak_tflops
+from offsite_ray.results import bytes_text
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
@@ -33,12 +36,15 @@ def estimate_tables(estimate: Estimate, config: EstimateConfig) -> Group:
     if estimate.options:
         counts = list(estimate.options[0].total_bytes)
         parts += _titled(
-            f"Distillation by the number of {device}s: GiB of each, and of the host for each",
+            f"Distillation by the number of {device}s, {micro_batch(config)} sequences at a time "
+            "on each: GiB of each, and of the host for each",
             ("ZeRO", "offload", *map(str, counts), "fits from"),
             (_option(option, counts) for option in estimate.options),
         )
+    peak = peak_tflops(config)
     parts += _titled(
-        f"Time at {config.utilisation:.0%} of the peak",
+        f"Time at {config.utilisation:.0%} of the peak, "
+        f"{'which is not known' if peak is None else f'{peak:g} TFLOP/s for each {device}'}",
         ("", "FLOPs/step", "FLOPs/token", "recomputed", "tokens/s", f"{config.tokens:.3g} tokens"),
         (_time(name, cost) for name, cost in _named(estimate, config)),
     )
@@ -56,12 +62,12 @@ def _title(estimate: Estimate) -> str:
 
 def _artefacts(estimate: Estimate) -> Iterator[tuple[str, str]]:
     sizes = estimate.artefact_bytes
-    yield "full model", _size(sizes.full_model)
-    yield "emulator bundle", _size(sizes.emulator_bundle)
+    yield "full model", bytes_text(sizes.full_model)
+    yield "emulator bundle", bytes_text(sizes.emulator_bundle)
     for method, size in sizes.adapter_bundle.items():
-        yield f"adapter bundle, {method}", "nothing to train" if size is None else _size(size)
-    yield "checkpoint of distillation", _size(sizes.distillation_checkpoint)
-    yield "teacher cache, each token", _size(sizes.teacher_cache_per_token)
+        yield f"adapter bundle, {method}", "nothing to train" if size is None else bytes_text(size)
+    yield "checkpoint of distillation", bytes_text(sizes.distillation_checkpoint)
+    yield "teacher cache, each token", bytes_text(sizes.teacher_cache_per_token)
 
 
 def _named(estimate: Estimate, config: EstimateConfig) -> Iterator[tuple[str, Cost]]:
@@ -129,15 +135,6 @@ def _titled(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> l
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f}" if size < 10 * 2**30 else f"{size / 2**30:.1f}"
-
-
-def _size(size: int) -> str:
-    shown, unit = float(size), "bytes"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if shown < 1024:
-            break
-        shown, unit = shown / 1024, larger
-    return f"{size} bytes" if unit == "bytes" else f"{shown:.1f} {unit}"
 
 
 def _duration(seconds: float | None) -> str:

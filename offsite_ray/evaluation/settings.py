@@ -150,10 +150,10 @@ def open_artefacts(config: EvaluateConfig) -> Artefacts:
             f"{adapter.path} was not trained against {bundle.path}, but against the bundle "
             f"{str(adapter.manifest.trained_against)[:12]}...; give that one as --bundle"
         )
-    if bound is not None and not bound.plan.keeps_every_block:
+    if bound is not None and not _is_bound(bound):
         raise PlugInError(
             f"{bound.path} was trained against a bundle that keeps {bound.plan.short}, not every "
-            "block, so it is no bound; give it as --adapter"
+            "block as it is, so it is no bound; give it as --adapter"
         )
     if adapter and bound and adapter.plan.adapter != bound.plan.adapter:
         raise PlugInError(
@@ -169,6 +169,15 @@ def open_artefacts(config: EvaluateConfig) -> Artefacts:
                 "compare; evaluate models of one tokenizer"
             )
     return Artefacts(full=full, bundle=bundle, adapter=adapter, bound=bound, finetuned=finetuned)
+
+
+def _is_bound(adapter: AdapterBundle) -> bool:
+    """Return whether an adapter was trained inside the full model: every block, each as it is."""
+    recipe = adapter.manifest.recipe
+    copied = "copies_of" in recipe.get("selection", {})
+    changed = recipe.get("compression", {}).get("method", "none") != "none"
+    distilled = recipe.get("distillation") is not None
+    return adapter.plan.keeps_every_block and not (copied or changed or distilled)
 
 
 def _yardstick(config: EvaluateConfig, full: FullModel) -> Yardstick:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,31 +43,49 @@ def prepared_for(
         ConfigError: ``seq_len`` is more than the model has positions, or not the data's.
         DataError: The data cannot be read, or belongs to another tokenizer.
     """
-    longest = getattr(config, "max_position_embeddings", None) or _DEFAULT_SEQ_LEN
-    if seq_len is not None and seq_len > longest:
-        raise ConfigError(f"seq_len={seq_len} is more than the model's {longest} positions")
+    row_length(config, seq_len, None)
     prepared = [source for source in sources if is_prepared(source)]
-    name = place_of(prepared[0]).name if prepared else ""
     if prepared and len(sources) > 1:
+        name = place_of(prepared[0]).name
         raise ConfigError(f"{name} is prepared data; give it alone, or prepare all together")
     if not prepared:
         data = run_dir / "data"
         if not is_prepared(data):
-            length = seq_len or min(longest, _DEFAULT_SEQ_LEN)
-            write_blocks(sources, model_dir, length, data, notice)
+            write_blocks(sources, model_dir, row_length(config, seq_len, None), data, notice)
         return open_prepared(data.resolve(), model_dir, config.vocab_size)
     found = open_prepared(_at_hand(prepared[0], run_dir), model_dir, config.vocab_size)
-    if found.block_size > longest:
-        raise ConfigError(
-            f"{name} has blocks of {found.block_size} tokens, more than the model's "
-            f"{longest} positions; prepare it with --block-size {longest}"
-        )
-    if seq_len not in (None, found.block_size):
-        raise ConfigError(
-            f"{name} has blocks of {found.block_size} tokens, not seq_len={seq_len}; leave "
-            "--seq-len out, or prepare the text anew"
-        )
+    row_length(config, seq_len, found.block_size)
     return found
+
+
+def row_length(config: PretrainedConfig, seq_len: int | None, block_size: int | None) -> int:
+    """Return the tokens of a row of data for a model.
+
+    Args:
+        config: Of the model.
+        seq_len: What is asked for; None: what is usual.
+        block_size: Of data that is prepared already; None: it is yet to be.
+
+    Raises:
+        ConfigError: The model has fewer positions, or the data is of another length.
+    """
+    # A model without position embeddings, as BLOOM, takes sequences of any length.
+    longest = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    if seq_len is not None and seq_len > longest:
+        raise ConfigError(f"seq_len={seq_len} is more than the model's {longest} positions")
+    if block_size is None:
+        return seq_len or min(longest, _DEFAULT_SEQ_LEN)
+    if block_size > longest:
+        raise ConfigError(
+            f"the data has blocks of {block_size} tokens, more than the model's {longest} "
+            f"positions; prepare it with --block-size {longest}"
+        )
+    if seq_len not in (None, block_size):
+        raise ConfigError(
+            f"the data has blocks of {block_size} tokens, not seq_len={seq_len}; leave --seq-len "
+            "out, or prepare the text anew"
+        )
+    return block_size
 
 
 def _at_hand(source: str, run_dir: Path) -> Path:

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The full model read block by block from the disk, each block once for all sequences."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from offsite_ray.architectures import Skeleton, block_model, get_blocks
+from offsite_ray.bundle import TORCH_DTYPES
+from offsite_ray.errors import FamilyError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor, nn
+
+    from offsite_ray.full_model import FullModel
+
+
+@torch.no_grad()
+def blockwise_forward(
+    full: FullModel,
+    batches: Sequence[Tensor],
+    see: Callable[[int, Tensor, Tensor], None],
+    device: torch.device | None = None,
+) -> None:
+    """Run sequences through the full model, one block after the other.
+
+    In memory are the hidden states of every sequence, what is outside the blocks, and one block.
+
+    Args:
+        full: The full model, on disk.
+        batches: ``(B, T)`` each; as many as fit through a block at once.
+        see: Told of each block and batch, the blocks in order: the hidden states ``(B, T, H)``
+            before and behind it.
+        device: Where blocks run; by default a GPU if there is one.
+
+    Raises:
+        FamilyError: A block needs what another has computed, beside the hidden states.
+    """
+    if getattr(full.config, "num_kv_shared_layers", 0):
+        raise FamilyError(
+            f"{full.config.model_type} shares keys and values between blocks, so they cannot be "
+            "run one by one; choose a method that needs no calibration, such as uniform"
+        )
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    names = full.weights.tensors
+    outside = {name: full.weights.read(name) for name in names if full.arch.block_of(name) is None}
+    skeleton = Skeleton(full.config, full.arch, outside, _dtype(full))
+    skeleton.model.to(device)
+    begun = [skeleton.begin(batch.to(device)) for batch in batches]
+    states = [hidden for hidden, _ in begun]
+    for index, block in _blocks(full, device):
+        for number, (_, calls) in enumerate(begun):
+            before = states[number]
+            states[number] = calls[index].run(block, before)
+            see(index, before, states[number])
+
+
+def _blocks(full: FullModel, device: torch.device) -> Iterator[tuple[int, nn.Module]]:
+    """Yield the blocks in order, each read when it is asked for and then forgotten."""
+    for index in range(full.arch.num_blocks):
+        disk = {
+            name: full.weights.read(name)
+            for name in full.weights.tensors
+            if full.arch.block_of(name) == index
+        }
+        model = block_model(full.config, full.arch, [index], disk).eval()
+        yield index, get_blocks(model, full.arch)[0].to(device)
+
+
+def _dtype(full: FullModel) -> torch.dtype:
+    """Return the dtype that holds all that are stored."""
+    stored = {TORCH_DTYPES[info.dtype] for info in full.weights.tensors.values()}
+    floating = [dtype for dtype in stored if dtype.is_floating_point]
+    dtype = floating[0]
+    for other in floating[1:]:
+        dtype = torch.promote_types(dtype, other)
+    return dtype

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss of the full model with only some of its blocks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from offsite_ray.architectures import StandIn, get_blocks, load_model, set_blocks
+from offsite_ray.training.batches import sum_cross_entropy
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from offsite_ray.full_model import FullModel
+
+
+class _Switched(StandIn):
+    """A block that can be left out."""
+
+    attributes_of = "block"
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.on = True
+        self._rest: tuple[Any, ...] | None = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return what the block does, or the hidden states as they are, in the same form."""
+        if self.on:
+            output = self.block(hidden_states, *args, **kwargs)
+            self._rest = output[1:] if isinstance(output, tuple) else None
+            return output
+        return hidden_states if self._rest is None else (hidden_states, *self._rest)
+
+
+class PartialLoss:
+    """The loss of a model in memory with only some of its blocks, on the same text."""
+
+    def __init__(self, full: FullModel, batches: Sequence[Tensor]) -> None:
+        """Load the full model.
+
+        Args:
+            full: The full model, which fits into memory.
+            batches: ``(B, T)`` each, nothing of it padding.
+        """
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model: Any = load_model(full.path, device=self._device)
+        blocks = [_Switched(block) for block in get_blocks(self._model, full.arch)]
+        set_blocks(self._model, full.arch, nn.ModuleList(blocks))
+        self._blocks = blocks
+        self._batches = batches
+        self(range(len(blocks)))  # so that every block knows the form of its output
+
+    @torch.no_grad()
+    def __call__(self, kept: Collection[int]) -> float:
+        """Return the mean cross-entropy of the next token, in nats, without all other blocks."""
+        for index, block in enumerate(self._blocks):
+            block.on = index in kept
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in self._batches:
+            ids = batch.to(self._device)
+            logits = self._model(input_ids=ids, use_cache=False).logits
+            total += sum_cross_entropy(logits, ids).double().cpu()
+        return float(total) / sum(batch[:, 1:].numel() for batch in self._batches)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration: the full model on a little text, once, and again from the user's cache."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from offsite_ray.bundle import atomic_file, fingerprint, specs, user_cache, write_file
+from offsite_ray.bundle.digest import digest_plain
+from offsite_ray.calibration.losses import PartialLoss
+from offsite_ray.calibration.signals import BlockSignals, block_signals
+from offsite_ray.data import IGNORED, all_blocks
+from offsite_ray.errors import DataError, StorageError
+from offsite_ray.results import to_plain
+from offsite_ray.training.sources import prepared_for
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from torch import Tensor
+
+    from offsite_ray.architectures import Notice
+    from offsite_ray.config import CompressConfig
+    from offsite_ray.full_model import FullModel
+
+_BATCH_TOKENS = 8192
+"""Of what goes through a block at once."""
+_VERSION = 1
+"""Of what the cache holds."""
+
+
+class Calibration:
+    """What the full model says of its blocks on a text; each thing computed when it is asked."""
+
+    def __init__(self, full: FullModel, rows: Tensor, data: str | None) -> None:
+        """Take the text.
+
+        Args:
+            full: The full model, on disk.
+            rows: ``(N, T)``, nothing of it padding.
+            data: Digest of the prepared data that the rows are of.
+        """
+        self._full = full
+        self._batches = torch.split(rows, max(1, _BATCH_TOKENS // rows.shape[1]))
+        self.recipe = {"data": data, "num_sequences": len(rows), "seq_len": rows.shape[1]}
+        self._key = digest_plain(
+            {
+                "version": _VERSION,
+                "model": to_plain(fingerprint(full.path, full.weights, {})),
+                "rows": rows.tolist(),
+            }
+        )
+        self._known: dict[tuple[int, ...], float] = {}
+
+    def influence(self, block: int) -> float:
+        """Return how much a block changes the hidden states; see :class:`BlockSignals`."""
+        return self._signals.influence(block)
+
+    def distance(self, first: int, count: int) -> float:
+        """Return the angular distance across some blocks; see :class:`BlockSignals`."""
+        return self._signals.distance(first, count)
+
+    def alignment(self, a: int, b: int) -> float:
+        """Return the linear CKA of what two blocks return; see :class:`BlockSignals`."""
+        return self._signals.alignment(a, b)
+
+    def loss(self, kept: Collection[int]) -> float:
+        """Return the loss with only some of the blocks; see :class:`PartialLoss`."""
+        key = tuple(sorted(kept))
+        if key not in self._known:
+            self._known[key] = self._partial_loss(key)
+        return self._known[key]
+
+    @cached_property
+    def _signals(self) -> BlockSignals:
+        folder = user_cache("calibration")
+        file = None if folder is None else folder / f"{self._key}.safetensors"
+        if file is not None and file.is_file():
+            return BlockSignals(**load_file(file))
+        found = block_signals(self._full, self._batches)
+        if file is not None:
+            tensors = {name: getattr(found, name) for name in BlockSignals.__slots__}
+            # Where it cannot be kept, it is computed again.
+            with contextlib.suppress(StorageError), atomic_file(file) as tmp:
+                write_file(tmp, specs(tensors))
+        return found
+
+    @cached_property
+    def _partial_loss(self) -> PartialLoss:
+        return PartialLoss(self._full, self._batches)
+
+
+def calibrate(full: FullModel, config: CompressConfig, notice: Notice | None) -> Calibration:
+    """Return the calibration of a full model on the text of a configuration.
+
+    Raises:
+        DataError: The text cannot be read, or makes no whole row.
+        ConfigError: The model has fewer positions than a row.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        data = prepared_for(
+            config.calibration,
+            full.path,
+            full.config,
+            config.calibration_seq_len,
+            Path(folder),
+            notice,
+        )
+        rows = _draw(data.path, config.calibration_sequences, config.seed)
+        return Calibration(full, rows, data.digest)
+
+
+def _draw(path: Path, count: int, seed: int) -> Tensor:
+    """Return ``count`` rows of prepared data drawn by a seed (or all), of those without padding."""
+    blocks = all_blocks(path)
+    found: list[Tensor] = []
+    for index in np.random.default_rng(seed).permutation(len(blocks)):
+        row = blocks[int(index)]
+        if int(row["labels"][-1]) != IGNORED:
+            found.append(row["input_ids"])
+        if len(found) == count:
+            break
+    if not found:
+        raise DataError(
+            f"{path} has no row that text fills to its end; calibrate on running text, or on "
+            "shorter rows (--calibration-seq-len)"
+        )
+    return torch.stack(found)

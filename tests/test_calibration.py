@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration: the same hidden states and losses as stock transformers, and bundles by them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from offsite_ray.calibration import BlockSignals, block_signals, blockwise_forward, calibrate
+from offsite_ray.calibration.losses import PartialLoss
+from offsite_ray.config import CompressConfig, EvaluateConfig
+from offsite_ray.data import write_blocks
+from offsite_ray.emulator import compress, open_bundle
+from offsite_ray.errors import ConfigError, DataError, FamilyError, PlugInError
+from offsite_ray.evaluation import evaluate
+from offsite_ray.full_model import open_full_model
+from offsite_ray.selection import SELECTION_METHODS
+from tests.adapters import make_adapter
+from tests.stock import blocks_in, put_blocks, stock
+from tests.tiny_models import FAMILIES, NUM_BLOCKS, save_tiny
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from tests.loops import Loop
+
+CALIBRATED = [name for name, row in SELECTION_METHODS.items() if row.needs_text]
+SIX = ("gpt2", "opt", "bloom", "llama", "qwen3", "gemma3_text")
+
+
+def rows(count: int = 5, length: int = 12) -> Tensor:
+    return torch.randint(0, 128, (count, length), generator=torch.Generator().manual_seed(1))
+
+
+def stock_states(model: Any, tokens: Tensor) -> list[Tensor]:
+    """Return the hidden states before each block and behind the last, by hooks."""
+    found: list[Tensor] = []
+
+    def before(_module: Any, args: Any, kwargs: Any) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+
+    def behind(_module: Any, _args: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    blocks = blocks_in(model)
+    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
+    handles.append(blocks[-1].register_forward_hook(behind))
+    with torch.no_grad():
+        model(input_ids=tokens, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_block_by_block_is_the_model(tmp_path: Path, family: str) -> None:
+    model = save_tiny(family, tmp_path / "model", max_shard_size=20_000)
+    tokens = rows()
+    seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def see(index: int, before: Tensor, after: Tensor) -> None:
+        seen.setdefault(index, []).append((before, after))
+
+    blockwise_forward(open_full_model(model), torch.split(tokens, 2), see)
+    assert list(seen) == list(range(NUM_BLOCKS))
+    states = stock_states(stock(model), tokens)
+    for index, pairs in seen.items():
+        before, after = (torch.cat(each) for each in zip(*pairs, strict=True))
+        torch.testing.assert_close(before, states[index], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(after, states[index + 1], rtol=1e-5, atol=1e-6)
+
+
+def test_the_signals_are_what_they_are_said_to_be(tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "model")
+    tokens = rows()
+    found = block_signals(open_full_model(model), torch.split(tokens, 2))
+    states = stock_states(stock(model), tokens)
+    for block in range(NUM_BLOCKS):
+        cosine = F.cosine_similarity(states[block], states[block + 1], dim=-1)
+        assert found.influence(block) == pytest.approx(1 - float(cosine.mean()), abs=1e-6)
+    a, b = states[1][:, -1], states[4][:, -1]
+    angle = F.cosine_similarity(a, b, dim=-1).arccos().mean() / math.pi
+    assert found.distance(1, 3) == pytest.approx(float(angle), abs=1e-5)
+    weights = torch.arange(1, 13).float()[None, :, None] / 78
+    x, y = ((states[i + 1] * weights).sum(1).double() for i in (2, 4))
+    x, y = x - x.mean(0), y - y.mean(0)
+    cka = (y.T @ x).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())
+    assert found.alignment(2, 4) == pytest.approx(float(cka), abs=1e-5)
+    assert found.alignment(3, 3) == pytest.approx(1)
+
+
+def test_signals_by_hand() -> None:
+    states = torch.tensor([[[1.0, 0.0]], [[1.0, 1.0]], [[0.0, 2.0]]])
+    found = BlockSignals(similarity=torch.tensor([0.5, 0.25]), last=states, pooled=states)
+    assert [found.influence(0), found.influence(1)] == [0.5, 0.75]
+    assert found.distance(0, 1) == pytest.approx(0.25)
+    assert found.distance(0, 2) == pytest.approx(0.5)
+    assert found.alignment(0, 1) == 0.0, "one sequence varies in nothing"
+
+
+@pytest.mark.parametrize("family", SIX)
+def test_the_loss_without_some_blocks(tmp_path: Path, family: str) -> None:
+    model = save_tiny(family, tmp_path / "model")
+    tokens = rows()
+    loss = PartialLoss(open_full_model(model), torch.split(tokens, 2))
+    whole: Any = stock(model)
+    with torch.no_grad():
+        expected = whole(input_ids=tokens, labels=tokens, use_cache=False).loss
+    assert loss(range(NUM_BLOCKS)) == pytest.approx(float(expected), rel=1e-5)
+    # What the others compute does not hang on what is left out: a block that changes nothing
+    # is as good as none.
+    states = stock_states(whole, tokens)
+    blocks = list(blocks_in(whole))
+    assert len(states) == len(blocks) + 1
+    kept = [0, 1, 3, 5]
+    for index in set(range(NUM_BLOCKS)) - set(kept):
+        blocks[index].forward = _unchanged(family)
+    put_blocks(whole, torch.nn.ModuleList(blocks))
+    with torch.no_grad():
+        expected = whole(input_ids=tokens, labels=tokens, use_cache=False).loss
+    assert loss(kept) == pytest.approx(float(expected), rel=1e-5)
+    assert loss([]) == pytest.approx(loss(()))
+
+
+def _unchanged(family: str) -> Any:
+    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        return (hidden_states, None) if family == "bloom" else hidden_states
+
+    return forward
+
+
+def config(model: Path, out: Path, text: Path, **given: Any) -> CompressConfig:
+    return CompressConfig(
+        model=str(model),
+        out=str(out),
+        calibration=(str(text),),
+        **{"plan": "1-2-1", "calibration_sequences": 6, "calibration_seq_len": 16, **given},
+    )
+
+
+@pytest.mark.parametrize(("family", "method"), list(itertools.product(SIX, CALIBRATED)))
+def test_every_method_makes_a_bundle_of_every_family(
+    loop: Loop, tmp_path: Path, family: str, method: str
+) -> None:
+    model = save_tiny(family, tmp_path / "model")
+    out = tmp_path / "bundle"
+    compress(config(model, out, loop.text, select=method, plan="1-3-1"))
+    bundle = open_bundle(out)
+    recipe = bundle.manifest.recipe["selection"]
+    assert recipe["calibration"]["num_sequences"] == 6
+    assert recipe["calibration"]["seq_len"] == 16
+    emulator: Any = stock(out)
+    kept = recipe.get("copies_of", list(bundle.plan.kept))
+    assert (len(kept) == NUM_BLOCKS) is (method == "cka_cluster_shared")
+    full = blocks_in(stock(model))
+    for position, index in enumerate(kept):
+        own = blocks_in(emulator)[position].state_dict()
+        for name, tensor in full[index].state_dict().items():
+            assert torch.equal(own[name], tensor)
+    with torch.no_grad():
+        plain = emulator(input_ids=rows(), use_cache=False).logits
+    generated = emulator.generate(rows(1), max_new_tokens=4, do_sample=False, use_cache=True)
+    again = emulator.generate(rows(1), max_new_tokens=4, do_sample=False, use_cache=False)
+    assert torch.equal(generated, again), "each copy has a cache of its own"
+    assert bool(torch.isfinite(plain).all())
+
+
+def test_the_same_seed_and_text_choose_the_same_and_the_cache_is_used(
+    loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    given = {"select": "block_influence"}
+    first = compress(config(loop.model, tmp_path / "a", loop.text, **given))
+    (cached,) = (tmp_path / "cache" / "offsite_ray" / "calibration").iterdir()
+    monkeypatch.setattr("offsite_ray.calibration.run.block_signals", None)
+    again = compress(config(loop.model, tmp_path / "b", loop.text, **given))
+    assert again.emulator == first.emulator
+    other = save_tiny("gpt2", tmp_path / "other", seed=5)
+    full = open_full_model(other)
+    with pytest.raises(TypeError):
+        calibrate(full, config(other, tmp_path / "c", loop.text), None).influence(0)
+    assert list(cached.parent.iterdir()) == [cached]
+
+
+def test_what_is_missing_is_said(loop: Loop, tmp_path: Path) -> None:
+    for plan, fine in (("1-2-1", False), ("adapter=0,5 emulator=2", True)):
+        given = CompressConfig(
+            model=str(loop.model), plan=plan, out=str(tmp_path / plan[0]), select="angular"
+        )
+        if fine:
+            compress(given)
+            continue
+        with pytest.raises(ConfigError, match="give some with --calibration FILE"):
+            compress(given)
+    chat = tmp_path / "pairs.jsonl"
+    row = json.dumps({"prompt": "a b", "completion": " c"})
+    chat.write_text(f"{row}\n" * 9)
+    write_blocks([str(chat)], loop.model, 16, tmp_path / "pairs")
+    with pytest.raises(DataError, match="no row that text fills to its end"):
+        compress(
+            config(
+                loop.model,
+                tmp_path / "bundle",
+                tmp_path / "pairs",
+                select="greedy",
+                calibration_seq_len=None,
+            )
+        )
+
+
+def test_a_bundle_of_copies_is_no_bound(loop: Loop, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    made = compress(config(loop.model, out, loop.text, select="cka_cluster_shared"))
+    assert made.plan == "1-4-1"
+    manifest = open_bundle(out).manifest
+    assert manifest.plan.keeps_every_block
+    assert len(set(manifest.recipe["selection"]["copies_of"])) == 4
+    make_adapter(out, tmp_path / "adapter")
+    with pytest.raises(PlugInError, match="not every block as it is, so it is no bound"):
+        evaluate(
+            EvaluateConfig(
+                model=str(loop.model), bound=str(tmp_path / "adapter"), text=(str(loop.text),)
+            )
+        )
+
+
+def test_blocks_that_need_each_other_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = open_full_model(save_tiny("llama", tmp_path / "model"))
+    monkeypatch.setattr(full.config, "num_kv_shared_layers", 2, raising=False)
+    with pytest.raises(FamilyError, match="shares keys and values between blocks"):
+        blockwise_forward(full, [rows()], lambda *_: None)
