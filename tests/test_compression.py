@@ -35,6 +35,7 @@ TEXTS = [
     "low_rank:0.01",
     "low_rank:0.5",
     "low_rank:1",
+    "low_rank_aware:0.5",  # without a word about the inputs, the same
     "low_rank:0.7+prune:2:4+quantize:4",
 ]
 
@@ -188,7 +189,7 @@ def test_the_largest_singular_values_stay() -> None:
     ],
 )
 def test_a_ratio_is_of_parameters(shape: tuple[int, int], ratio: float, rank: int) -> None:
-    assert kept_rank(shape, ratio) == rank
+    assert kept_rank(torch.empty(shape, device="meta"), ratio) == rank
 
 
 def test_whitening_keeps_what_the_inputs_use() -> None:
@@ -292,7 +293,10 @@ def test_a_method_without_its_parameters_says_how_it_is_asked_for(name: str) -> 
         ("low_rank:0", r"'low_rank:0' .*0 < RATIO <= 1"),
         ("low_rank:1.1", r"'low_rank:1.1' .*0 < RATIO <= 1"),
         ("low-rank:0.5", r"method 'low-rank'; did you mean 'low_rank'\?"),
-        ("prun:0.5", r"method 'prun'; did you mean 'prune'\? \(known: low_rank, none, prune, "),
+        (
+            "prun:0.5",
+            r"method 'prun'; did you mean 'prune'\? \(known: low_rank, low_rank_aware, none, ",
+        ),
         ("", r"unknown compression method ''"),
         ("prune:0.5+", r"unknown compression method ''"),
         ("none+prune:0.5", r"'none' stands alone"),

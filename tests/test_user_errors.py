@@ -156,6 +156,10 @@ VALUES = [
     ("compress --model {model} --plan 1-2-1 --out {out} --select best", "selection method 'best'"),
     ("compress --model {model} --plan 1-2-1 --out {out} --compress zip", "method 'zip'"),
     ("compress --model {model} --plan 1-2-1 --out {out} --compress prune:2", "0 <= RATIO < 1"),
+    (
+        "compress --model {model} --plan 1-2-1 --out {out} --compress low_rank_aware:0.5",
+        "give some with --calibration FILE",
+    ),
     (f"{FINETUNE} {{text}} --method lorra", "mean 'lora'?"),
     (f"{FINETUNE} {{text}} --learning-rate fast", "must be a finite number"),
     (f"{FINETUNE} {{text}} --batch-size 0", "batch_size=0 must be at least 1"),

@@ -11,7 +11,7 @@ from offsite_ray.architectures.detection import (
     set_blocks,
 )
 from offsite_ray.architectures.families import FAMILIES, Family
-from offsite_ray.architectures.linear import linear_weights
+from offsite_ray.architectures.linear import linear_layers, linear_weights
 from offsite_ray.architectures.loading import (
     DTYPES,
     config_values,
@@ -54,6 +54,7 @@ __all__ = [
     "empty_model",
     "get_blocks",
     "kept_config",
+    "linear_layers",
     "linear_weights",
     "load_config",
     "load_model",

@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from offsite_ray.architectures.detection import Architecture
 
 
+def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers in a module by path: ``nn.Linear``, and GPT-2's ``Conv1D``."""
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = (nn.Linear, Conv1D)
+    return {path: layer for path, layer in module.named_modules() if isinstance(layer, kinds)}
+
+
 def linear_weights(
     config: PretrainedConfig, arch: Architecture, disk_names: Iterable[str]
 ) -> dict[str, bool]:
@@ -33,17 +41,14 @@ def linear_weights(
         disk_names: Every name in its checkpoint.
     """
     from transformers.core_model_loading import revert_weight_conversion
-    from transformers.pytorch_utils import Conv1D
 
     names = list(disk_names)
     model = empty_model(config, arch.family.auto_class)
     alone = stored_alone(config, arch, names)
     found = {
-        alone[weight]: isinstance(module, Conv1D)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        for weight in (f"{path}.weight",)
-        if weight in alone
+        alone[f"{path}.weight"]: not isinstance(layer, nn.Linear)
+        for path, layer in linear_layers(model).items()
+        if f"{path}.weight" in alone
     }
     fused = {
         name: parameter

@@ -6,7 +6,15 @@ what is found is kept in the user's cache, by model, text and version.
 """
 
 from offsite_ray.calibration.forward import blockwise_forward
+from offsite_ray.calibration.moments import InputMoments
 from offsite_ray.calibration.run import Calibration, calibrate
 from offsite_ray.calibration.signals import BlockSignals, block_signals
 
-__all__ = ["BlockSignals", "Calibration", "block_signals", "blockwise_forward", "calibrate"]
+__all__ = [
+    "BlockSignals",
+    "Calibration",
+    "InputMoments",
+    "block_signals",
+    "blockwise_forward",
+    "calibrate",
+]

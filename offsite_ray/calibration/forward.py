@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from offsite_ray.errors import FamilyError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
 
@@ -25,6 +27,7 @@ def blockwise_forward(
     batches: Sequence[Tensor],
     see: Callable[[int, Tensor, Tensor], None],
     device: torch.device | None = None,
+    around: Callable[[int, nn.Module], AbstractContextManager[None]] | None = None,
 ) -> None:
     """Run sequences through the full model, one block after the other.
 
@@ -36,6 +39,8 @@ def blockwise_forward(
         see: Told of each block and batch, the blocks in order: the hidden states ``(B, T, H)``
             before and behind it.
         device: Where blocks run; by default a GPU if there is one.
+        around: Given each block, what is entered before the first batch runs through it and left
+            behind the last.
 
     Raises:
         FamilyError: A block needs what another has computed, beside the hidden states.
@@ -53,10 +58,11 @@ def blockwise_forward(
     begun = [skeleton.begin(batch.to(device)) for batch in batches]
     states = [hidden for hidden, _ in begun]
     for index, block in _blocks(full, device):
-        for number, (_, calls) in enumerate(begun):
-            before = states[number]
-            states[number] = calls[index].run(block, before)
-            see(index, before, states[number])
+        with nullcontext() if around is None else around(index, block):
+            for number, (_, calls) in enumerate(begun):
+                before = states[number]
+                states[number] = calls[index].run(block, before)
+                see(index, before, states[number])
 
 
 def _blocks(full: FullModel, device: torch.device) -> Iterator[tuple[int, nn.Module]]:

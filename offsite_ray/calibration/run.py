@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from offsite_ray.bundle import atomic_file, fingerprint, specs, user_cache, write_file
 from offsite_ray.bundle.digest import digest_plain
 from offsite_ray.calibration.losses import PartialLoss
+from offsite_ray.calibration.moments import InputMoments
 from offsite_ray.calibration.signals import BlockSignals, block_signals
 from offsite_ray.data import IGNORED, all_blocks
 from offsite_ray.errors import DataError, StorageError
@@ -78,6 +79,12 @@ class Calibration:
         if key not in self._known:
             self._known[key] = self._partial_loss(key)
         return self._known[key]
+
+    def input_moments(self, blocks: Collection[int]) -> InputMoments:
+        """Return what goes into the linear layers of some blocks; see :class:`InputMoments`."""
+        folder = user_cache("calibration")
+        kept = None if folder is None else folder / f"{self._key}-inputs"
+        return InputMoments(self._full, self._batches, blocks, kept)
 
     @cached_property
     def _signals(self) -> BlockSignals:

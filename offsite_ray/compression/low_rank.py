@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def kept_rank(shape: tuple[int, int], ratio: float) -> int:
+def kept_rank(weight: Tensor, ratio: float) -> int:
     """Return the rank at which both factors have at most ``ratio`` of a matrix's parameters.
 
     ``floor(ratio * out * in / (out + in))``, at least 1. With ratio 1 that is half the rank of a
     square matrix.
     """
-    num_outputs, num_inputs = shape
+    num_outputs, num_inputs = weight.shape
     return max(1, int(ratio * num_outputs * num_inputs / (num_outputs + num_inputs)))
 
 

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.compression.low_rank import kept_rank, truncate
+from offsite_ray.compression.low_rank import kept_rank, truncate, truncate_whitened
 from offsite_ray.compression.packing import PACKED_BITS
 from offsite_ray.compression.pruning import prune_pattern, prune_smallest
 from offsite_ray.compression.quantization import GROUP_SIZE, quantize
@@ -30,8 +30,11 @@ class Step:
     method: str
     source: str
     parameters: Mapping[str, int | float]
-    apply: Callable[[Tensor], Tensor]
-    """``matrix -> matrix``, ``(out, in)`` float32 each; the given one stays as it is."""
+    apply: Callable[[Tensor, Tensor | None], Tensor]
+    """``(matrix, moment of its inputs) -> matrix``, ``(out, in)``, ``(in, in)`` and ``(out, in)``,
+    float32; what is given stays as it is."""
+    needs_inputs: bool = False
+    """Whether it looks at the moment ``E[a a^T]`` of the inputs, which takes text."""
     packed_bits: int | None = None
     """Bits in which the result can be stored; None: it is stored like any other tensor."""
 
@@ -60,13 +63,23 @@ class Compression:
         """Bits in which the matrices are stored; None: as the full model's are."""
         return self.steps[-1].packed_bits if self.steps else None
 
-    def apply(self, matrix: Tensor) -> Tensor:
-        """Return what becomes of a matrix; ``(out, in)`` float32, as is the result."""
-        return _applied(self.steps, matrix)
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether a step looks at what text makes of the inputs."""
+        return any(step.needs_inputs for step in self.steps)
 
-    def before_packing(self, matrix: Tensor) -> Tensor:
+    def apply(self, matrix: Tensor, inputs: Tensor | None = None) -> Tensor:
+        """Return what becomes of a matrix.
+
+        Args:
+            matrix: ``(out, in)`` float32, as is the result.
+            inputs: ``E[a a^T]`` of its inputs, ``(in, in)`` float32; None where it is not known.
+        """
+        return _applied(self.steps, matrix, inputs)
+
+    def before_packing(self, matrix: Tensor, inputs: Tensor | None = None) -> Tensor:
         """Return what becomes of a matrix before the last step, which quantizes it."""
-        return _applied(self.steps[:-1], matrix)
+        return _applied(self.steps[:-1], matrix, inputs)
 
     def recipe(self) -> dict[str, Any]:
         """Return the steps with their parameters, for a manifest."""
@@ -76,9 +89,9 @@ class Compression:
         return {"method": self.text, "steps": steps}
 
 
-def _applied(steps: Sequence[Step], matrix: Tensor) -> Tensor:
+def _applied(steps: Sequence[Step], matrix: Tensor, inputs: Tensor | None) -> Tensor:
     for step in steps:
-        matrix = step.apply(matrix)
+        matrix = step.apply(matrix, inputs)
     return matrix
 
 
@@ -136,7 +149,7 @@ def _prune(words: Sequence[str]) -> Step | None:
             method="prune",
             source="Mishra et al., arXiv 2104.08378",
             parameters={"kept": kept, "group": group},
-            apply=lambda matrix: prune_pattern(matrix, kept, group),
+            apply=lambda matrix, _: prune_pattern(matrix, kept, group),
         )
     ratio = _number(words[0]) if len(words) == 1 else math.nan
     if not 0 <= ratio < 1:
@@ -145,7 +158,7 @@ def _prune(words: Sequence[str]) -> Step | None:
         method="prune",
         source="Han et al., arXiv 1506.02626, section 3",
         parameters={"ratio": ratio},
-        apply=lambda matrix: prune_smallest(matrix, ratio),
+        apply=lambda matrix, _: prune_smallest(matrix, ratio),
     )
 
 
@@ -159,7 +172,7 @@ def _quantize(words: Sequence[str]) -> Step | None:
         if bits > 1
         else "Rastegari et al., arXiv 1603.05279, section 3.1; groups: arXiv 1909.05840",
         parameters={"bits": bits, "group_size": GROUP_SIZE},
-        apply=lambda matrix: quantize(matrix, bits).dequantized(),
+        apply=lambda matrix, _: quantize(matrix, bits).dequantized(),
         packed_bits=bits if bits in PACKED_BITS else None,
     )
 
@@ -172,7 +185,27 @@ def _low_rank(words: Sequence[str]) -> Step | None:
         method="low_rank",
         source="Eckart and Young, 1936",
         parameters={"ratio": ratio},
-        apply=lambda matrix: truncate(matrix, kept_rank((matrix.shape[0], matrix.shape[1]), ratio)),
+        apply=lambda matrix, _: truncate(matrix, kept_rank(matrix, ratio)),
+    )
+
+
+def _low_rank_aware(words: Sequence[str]) -> Step | None:
+    plain = _low_rank(words)
+    if plain is None:
+        return None
+    ratio = plain.parameters["ratio"]
+
+    def apply(matrix: Tensor, inputs: Tensor | None) -> Tensor:
+        if inputs is None:
+            return plain.apply(matrix, None)
+        return truncate_whitened(matrix, inputs, kept_rank(matrix, ratio))
+
+    return Step(
+        method="low_rank_aware",
+        source="SVD-LLM, Wang et al., arXiv 2403.07378, section 3.1",
+        parameters={"ratio": ratio},
+        apply=apply,
+        needs_inputs=True,
     )
 
 
@@ -193,6 +226,12 @@ _ROWS = (
         form="low_rank:RATIO (parameters of the two factors over those of the matrix, "
         "0 < RATIO <= 1, as low_rank:0.5)",
         make=_low_rank,
+    ),
+    CompressionMethod(
+        name="low_rank_aware",
+        form="low_rank_aware:RATIO (as low_rank, by what text makes of the inputs; takes "
+        "--calibration)",
+        make=_low_rank_aware,
     ),
 )
 

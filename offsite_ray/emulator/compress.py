@@ -24,6 +24,7 @@ from offsite_ray.bundle import (
 from offsite_ray.compression import GROUP_SIZE, Compression, PackedTensor, parse_compression
 from offsite_ray.emulator.choosing import ChosenBlocks, choose_blocks
 from offsite_ray.emulator.companions import refuse_bottlenecks, write_companions
+from offsite_ray.emulator.inputs import check_text, measured_inputs
 from offsite_ray.emulator.matrices import MatrixToCompress
 from offsite_ray.emulator.packing import wrap_config, write_weights
 from offsite_ray.full_model import FullModel, check_by_example, open_full_model
@@ -31,6 +32,7 @@ from offsite_ray.full_model import FullModel, check_by_example, open_full_model
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    from offsite_ray.calibration import InputMoments
     from offsite_ray.config import CompressConfig
 
 
@@ -49,6 +51,21 @@ class CompressResult:
     seconds: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """What a bundle is made of."""
+
+    full: FullModel
+    chosen: ChosenBlocks
+    """Which blocks are kept, and what stands in the place of each."""
+    compression: Compression
+    """What becomes of the matrices of the emulator blocks."""
+    matrices: Mapping[str, bool]
+    """Names of the matrices to compress, and whether each is stored as ``(in, out)``."""
+    inputs: InputMoments | None
+    """What the compression looks at, if it does."""
+
+
 def compress(config: CompressConfig, notice: Notice | None = None) -> CompressResult:
     """Make an emulator bundle out of a full model.
 
@@ -65,16 +82,23 @@ def compress(config: CompressConfig, notice: Notice | None = None) -> CompressRe
     compression = parse_compression(config.compress)
     full = open_full_model(config.model, config.blocks, notice)
     refuse_bottlenecks(full.path)
+    check_text(compression, config)
     chosen = choose_blocks(full, config, notice)
     plan = chosen.plan
     if full.arch.recognised != "table":
         check_by_example(full)
+    names = full.weights.tensors
+    matrices = linear_weights(full.config, full.arch, names) if compression.steps else {}
+    inputs, said = measured_inputs(full, chosen, compression, matrices, config, notice)
     recipe = {
         "selection": {"method": config.select, "seed": config.seed, **chosen.recipe},
-        "compression": compression.recipe(),
+        "compression": {**compression.recipe(), **said},
         "distillation": None,
     }
-    manifest = _write_bundle(full, chosen, compression, out, recipe, start)
+    parts = Parts(
+        full=full, chosen=chosen, compression=compression, matrices=matrices, inputs=inputs
+    )
+    manifest = _write_bundle(parts, out, recipe, start)
     if "packed" in manifest.dtypes and notice is not None:
         notice(NEEDS)
     return CompressResult(
@@ -90,16 +114,10 @@ def compress(config: CompressConfig, notice: Notice | None = None) -> CompressRe
     )
 
 
-def _write_bundle(
-    full: FullModel,
-    chosen: ChosenBlocks,
-    compression: Compression,
-    out: Path,
-    recipe: Mapping[str, Any],
-    start: float,
-) -> Manifest:
+def _write_bundle(parts: Parts, out: Path, recipe: Mapping[str, Any], start: float) -> Manifest:
+    full, chosen = parts.full, parts.chosen
     carried: dict[str, str] = {}
-    tensors, packed = bundle_tensors(full, chosen, compression, carried)
+    tensors, packed = bundle_tensors(parts, carried)
     with atomic_directory(out) as tmp:
         files = write_weights(tmp, tensors, packed)
         config = kept_config(full.config, full.arch, chosen.stored)
@@ -128,14 +146,12 @@ def _write_bundle(
 
 
 def bundle_tensors(
-    full: FullModel, chosen: ChosenBlocks, compression: Compression, carried: dict[str, str]
+    parts: Parts, carried: dict[str, str]
 ) -> tuple[list[TensorSpec], dict[str, PackedTensor]]:
     """Return what the bundle holds: tensors outside the blocks, and those of the kept blocks.
 
     Args:
-        full: The full model.
-        chosen: Which blocks are kept, and what stands in the place of each.
-        compression: What becomes of the matrices of the emulator blocks.
+        parts: What the bundle is made of.
         carried: Gets the digest of each tensor of the full model, by its name there, as the tensor
             is read to be written.
 
@@ -145,17 +161,16 @@ def bundle_tensors(
     Raises:
         IntegrityError: A matrix is stored in a dtype that cannot be compressed.
     """
+    full, chosen = parts.full, parts.chosen
     emulated = [index in chosen.plan.emulator for index in chosen.plan.kept]
-    names = full.weights.tensors
-    matrices = linear_weights(full.config, full.arch, names) if compression.steps else {}
     found: list[TensorSpec] = []
     packed: dict[str, PackedTensor] = {}
-    for name, info in names.items():
+    for name, info in full.weights.tensors.items():
         index = full.arch.block_of(name)
         places = [place for place, stored in enumerate(chosen.stored) if stored == index]
         for place in [None] if index is None else places:
             own_name = name if place is None else full.arch.rename(name, place)
-            if place is None or not emulated[place] or name not in matrices:
+            if place is None or not emulated[place] or name not in parts.matrices:
                 pieces = _pieces(full, name, carried)
                 found.append(
                     TensorSpec(name=own_name, dtype=info.dtype, shape=info.shape, pieces=pieces)
@@ -164,8 +179,9 @@ def bundle_tensors(
             matrix = MatrixToCompress(
                 full=full,
                 name=name,
-                transposed=matrices[name],
-                compression=compression,
+                transposed=parts.matrices[name],
+                compression=parts.compression,
+                inputs=parts.inputs,
                 carried=carried,
             )
             matrix.check()

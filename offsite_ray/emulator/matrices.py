@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from offsite_ray.bundle import TensorSpec
+    from offsite_ray.calibration import InputMoments
     from offsite_ray.compression import Compression
     from offsite_ray.full_model import FullModel
 
@@ -31,6 +32,8 @@ class MatrixToCompress:
     transposed: bool
     """Whether it is stored as ``(in, out)``."""
     compression: Compression
+    inputs: InputMoments | None
+    """Of the full model's linear layers, where the compression looks at them."""
     carried: dict[str, str]
     """Gets the digest of the tensor as the full model has it."""
 
@@ -43,7 +46,9 @@ class MatrixToCompress:
         packed = self.packed()
         if packed is not None:
             return packed_specs(
-                own_name, packed, lambda: self.compression.before_packing(self._read())
+                own_name,
+                packed,
+                lambda: self.compression.before_packing(self._read(), self._moment()),
             )
         info = self.full.weights.tensors[self.name]
         return [lazy_spec(own_name, info.dtype, info.shape, self._compressed)]
@@ -75,9 +80,12 @@ class MatrixToCompress:
             )
 
     def _compressed(self) -> Tensor:
-        matrix = self.compression.apply(self._read())
+        matrix = self.compression.apply(self._read(), self._moment())
         dtype = TORCH_DTYPES[self.full.weights.tensors[self.name].dtype]
         return (matrix.T if self.transposed else matrix).to(dtype)
+
+    def _moment(self) -> Tensor | None:
+        return None if self.inputs is None else self.inputs.of(self.name)
 
     def _read(self) -> Tensor:
         """Return the matrix as ``(out, in)`` float32."""
