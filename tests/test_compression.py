@@ -36,6 +36,7 @@ TEXTS = [
     "low_rank:0.5",
     "low_rank:1",
     "low_rank_aware:0.5",  # without a word about the inputs, the same
+    "gradient_preserving:0.5:1",
     "low_rank:0.7+prune:2:4+quantize:4",
 ]
 
@@ -276,7 +277,7 @@ def test_only_four_and_eight_bits_are_packed() -> None:
 
 @pytest.mark.parametrize("name", sorted(COMPRESSION_METHODS))
 def test_a_method_without_its_parameters_says_how_it_is_asked_for(name: str) -> None:
-    for text in (name, f"{name}:", f"{name}:x", f"{name}:nan", f"{name}:-1", f"{name}:1:2:3"):
+    for text in (name, f"{name}:", f"{name}:x", f"{name}:nan", f"{name}:-1", f"{name}:1:2:3:4"):
         with pytest.raises(ConfigError, match=rf"'{text}' is not of the form {name}:"):
             parse_compression(text)
 
@@ -295,11 +296,15 @@ def test_a_method_without_its_parameters_says_how_it_is_asked_for(name: str) -> 
         ("low-rank:0.5", r"method 'low-rank'; did you mean 'low_rank'\?"),
         (
             "prun:0.5",
-            r"method 'prun'; did you mean 'prune'\? \(known: low_rank, low_rank_aware, none, ",
+            r"method 'prun'; did you mean 'prune'\? \(known: gradient_preserving, low_rank, ",
         ),
         ("", r"unknown compression method ''"),
         ("prune:0.5+", r"unknown compression method ''"),
         ("none+prune:0.5", r"'none' stands alone"),
+        ("gradient_preserving:0.5", r"gradient_preserving:RATIO:PRIVACY"),
+        ("gradient_preserving:0.5:-1", r"0 or more"),
+        ("gradient_preserving:0.5:inf", r"0 or more"),
+        ("prune:0.5+gradient_preserving:0.5:1", r"put gradient_preserving first"),
         ("quantize:8+prune:0.5", r"'quantize:8\+prune:0.5' has prune behind quantize.*last"),
         ("quantize:8+quantize:4", r"quantize last"),
     ],

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from offsite_ray.compression import MatrixStatistics, parse_compression
 from offsite_ray.compression.gradient_preserving import (
     ScoredMatrix,
+    Scores,
+    channel_scores,
     column_scores,
     component_scores,
-    prune_channels,
+    keep_components,
+    remove_channels,
     row_scores,
     score,
-    truncate_preserving,
 )
 from offsite_ray.compression.low_rank import truncate
 
@@ -62,20 +65,17 @@ def test_the_score_of_a_change() -> None:
 def test_the_scores_of_parts_are_those_of_their_removal(privacy: float) -> None:
     matrix = drawn(4, 6)
     left, values, right = torch.linalg.svd(matrix.weight, full_matrices=False)
-    components = component_scores(matrix, left, values, right, privacy)
-    for k in range(4):
-        removal = -values[k] * torch.outer(left[:, k], right[k])
-        assert float(components[k]) == pytest.approx(score(matrix, removal, privacy), rel=1e-4)
-    for j in range(4):
-        removal = torch.zeros(4, 6)
-        removal[j] = -matrix.weight[j]
-        expected = score(matrix, removal, privacy)
-        assert float(row_scores(matrix, privacy)[j]) == pytest.approx(expected, rel=1e-4)
-    for j in range(6):
-        removal = torch.zeros(4, 6)
-        removal[:, j] = -matrix.weight[:, j]
-        expected = score(matrix, removal, privacy)
-        assert float(column_scores(matrix, privacy)[j]) == pytest.approx(expected, rel=1e-4)
+    removals = [
+        (
+            component_scores(matrix),
+            [-values[k] * torch.outer(left[:, k], right[k]) for k in range(4)],
+        ),
+        (row_scores(matrix), [-matrix.weight * (torch.arange(4) == j)[:, None] for j in range(4)]),
+        (column_scores(matrix), [-matrix.weight * (torch.arange(6) == j) for j in range(6)]),
+    ]
+    for scores, changes in removals:
+        expected = torch.tensor([score(matrix, change, privacy) for change in changes])
+        torch.testing.assert_close(scores.total(privacy), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -101,25 +101,25 @@ def test_components_that_matter_to_gradients_stay(
     kept: tuple[float, ...],
 ) -> None:
     matrix = scored(diagonal(3, 2, 1), diagonal(*inputs), diagonal(*outputs), diagonal(*gradient))
-    torch.testing.assert_close(truncate_preserving(matrix, 2, 1.0), diagonal(*kept))
+    total = component_scores(matrix).total(1.0)
+    torch.testing.assert_close(keep_components(matrix.weight, total, 2), diagonal(*kept))
 
 
-def test_without_statistics_it_is_the_plain_truncation() -> None:
-    matrix = scored(drawn(5, 7).weight)
-    # All components have one-norms of their own; only equal ones leave the singular values alone.
-    left, values, right = torch.linalg.svd(matrix.weight, full_matrices=False)
-    scores = component_scores(matrix, left, values, right, 0.0)
-    assert torch.allclose(scores, values * left.abs().sum(0) * right.abs().sum(1))
-    torch.testing.assert_close(truncate_preserving(matrix, 5, 0.0), truncate(matrix.weight, 5))
+def test_the_largest_scores_stay_in_any_rank() -> None:
+    matrix = drawn(5, 7)
+    whole = keep_components(matrix.weight, torch.zeros(5), 5)
+    torch.testing.assert_close(whole, matrix.weight)
+    by_value = keep_components(matrix.weight, torch.linalg.svdvals(matrix.weight), 3)
+    torch.testing.assert_close(by_value, truncate(matrix.weight, 3))
 
 
 def test_a_larger_privacy_raises_the_loss_more() -> None:
     matrix = drawn(12, 10, seed=3)
     rises = []
     for privacy in (0.0, 1.0, 100.0):
-        change = truncate_preserving(matrix, 4, privacy) - matrix.weight
-        assert int(torch.linalg.matrix_rank(change + matrix.weight)) == 4
-        rises.append(float((matrix.gradient * change).sum()))
+        kept = keep_components(matrix.weight, component_scores(matrix).total(privacy), 4)
+        assert int(torch.linalg.matrix_rank(kept)) == 4
+        rises.append(float((matrix.gradient * (kept - matrix.weight)).sum()))
     assert rises == sorted(rises)
     assert rises[0] < rises[2]
 
@@ -128,14 +128,29 @@ def test_the_channels_that_score_least_are_removed() -> None:
     up = scored(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]]))
     gate = scored(torch.tensor([[0.0, 5.0], [0.0, 1.0], [1.0, 0.0]]))
     down = scored(torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
-    # channels: 1 + 5 + 1, 2 + 1 + 1, 3 + 1 + 1
-    ups, narrow = prune_channels([up, gate], down, 1, 0.0)
-    assert ups[0].tolist() == [[1, 0], [0, 0], [0, 3]]
-    assert ups[1].tolist() == [[0, 5], [0, 0], [1, 0]]
-    assert narrow.tolist() == [[1, 0, 0], [0, 0, 1]]
+    total = channel_scores([up, gate], down).total(0.0)
+    assert total.tolist() == [1 + 5 + 1, 2 + 1 + 1, 3 + 1 + 1]
+    assert remove_channels(up.weight, total, 1, 0).tolist() == [[1, 0], [0, 0], [0, 3]]
+    assert remove_channels(down.weight, total, 1, 1).tolist() == [[1, 0, 0], [0, 0, 1]]
     assert torch.equal(up.weight[1], torch.tensor([2.0, 0.0])), "the given one stays"
-    ups, narrow = prune_channels([up], down, 2, 0.0)  # 2, 3, 4 without the gate
-    assert ups[0].tolist() == [[0, 0], [0, 0], [0, 3]]
-    ups, narrow = prune_channels([up], down, 0, 0.0)
-    assert torch.equal(ups[0], up.weight)
-    assert torch.equal(narrow, down.weight)
+    assert channel_scores([up], down).total(0.0).tolist() == [2, 3, 4]
+    assert remove_channels(up.weight, total, 2, 0).tolist() == [[1, 0], [0, 0], [0, 0]]
+    assert torch.equal(remove_channels(up.weight, total, 0, 0), up.weight)
+
+
+def test_a_step_takes_what_is_said_of_a_matrix() -> None:
+    apply = parse_compression("gradient_preserving:0.5:0:2").apply
+    scores = Scores(torch.tensor([1.0, 2, 3, 4]), torch.tensor([10.0, 1, 1, 0]))
+    weight = torch.ones(4, 2)
+    # privacy 2 in the feed-forward: 21, 4, 5, 4
+    rows = apply(weight, MatrixStatistics(channels=scores, channel_axis=0))
+    assert rows.tolist() == [[1, 1], [0, 0], [1, 1], [0, 0]]
+    columns = apply(weight.T.contiguous(), MatrixStatistics(channels=scores, channel_axis=1))
+    assert torch.equal(columns, rows.T)
+    # none in attention: 1, 2, 3, 4, of which the largest component stays all the same
+    square = apply(diagonal(4, 3, 2, 1), MatrixStatistics(components=scores))
+    torch.testing.assert_close(square, diagonal(4, 0, 0, 0))
+    wider = parse_compression("gradient_preserving:1:0").apply
+    square = wider(diagonal(4, 3, 2, 1), MatrixStatistics(components=scores))
+    torch.testing.assert_close(square, diagonal(4, 0, 0, 1))
+    torch.testing.assert_close(apply(diagonal(1, 2)), diagonal(0, 2))  # nothing said: by value

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from offsite_ray.calibration import InputMoments
+from offsite_ray.calibration import InputMoments, run
 from offsite_ray.compression.low_rank import kept_rank, truncate, truncate_whitened
 from offsite_ray.config import CompressConfig
 from offsite_ray.emulator import compress, open_bundle
@@ -65,12 +65,12 @@ def test_the_moments_are_those_of_the_model(tmp_path: Path, family: str) -> None
     for index in BLOCKS:
         for name, inputs in stock_inputs(stock(model), index, tokens).items():
             whole = f"{path.get(family, 'model.layers')}.{index}.{name}.weight"
-            moment = found.of(whole)
+            moment = found.of(whole).inputs
             assert moment is not None
             torch.testing.assert_close(
                 moment, inputs.T @ inputs / tokens.numel(), rtol=1e-4, atol=1e-5
             )
-    assert found.of(whole.replace(".4.", ".2.")) is None
+    assert found.of(whole.replace(".4.", ".2.")).inputs is None
     assert whole.replace(".4.", ".2.") not in found
 
 
@@ -87,7 +87,7 @@ def test_moments_are_kept_and_layers_with_the_same_inputs_share_one(
     again = InputMoments(full, [], [1], folder)
     for layer in ("self_attn.v_proj", "mlp.down_proj"):
         name = f"model.layers.1.{layer}.weight"
-        moments = [moments.of(name) for moments in (first, again, alone)]
+        moments = [moments.of(name).inputs for moments in (first, again, alone)]
         assert moments[0] is not None
         assert moments[1] is not None
         assert moments[2] is not None
@@ -128,7 +128,7 @@ def test_a_matrix_keeps_what_text_makes_it_compute(loop: Loop, tmp_path: Path, f
         return InputMoments(full_model, batches, blocks, folder)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("offsite_ray.calibration.run.InputMoments", keep)
+        patch.setitem(run._SOURCES, "inputs", cast("Any", keep))
         aware(model, loop.text, tmp_path / "again")
     tokens = torch.cat(seen)
     assert tokens.shape == (8, 16)

@@ -11,7 +11,7 @@ from offsite_ray.architectures.detection import (
     set_blocks,
 )
 from offsite_ray.architectures.families import FAMILIES, Family
-from offsite_ray.architectures.linear import linear_layers, linear_weights
+from offsite_ray.architectures.linear import feed_forward, linear_layers, linear_weights
 from offsite_ray.architectures.loading import (
     DTYPES,
     config_values,
@@ -52,6 +52,7 @@ __all__ = [
     "disk_state",
     "drop_dropout",
     "empty_model",
+    "feed_forward",
     "get_blocks",
     "kept_config",
     "linear_layers",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -24,6 +24,29 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
 
     kinds = (nn.Linear, Conv1D)
     return {path: layer for path, layer in module.named_modules() if isinstance(layer, kinds)}
+
+
+def feed_forward(block: nn.Module) -> tuple[tuple[str, ...], str] | None:
+    """Return the paths of a block's feed-forward: into its inner width (one, or up and gate), out.
+
+    It is the last of the groups of linear layers that have one parent, behind attention's; None
+    where what goes into its inner width is fused, or there is no such group, as with experts.
+    """
+    layers = linear_layers(block)
+    parents = [path.rpartition(".")[0] for path in layers]
+    if len(set(parents)) < 2:
+        return None
+    *ups, down = (path for path in layers if path.rpartition(".")[0] == parents[-1])
+    inner = _width(layers[down])[0]
+    if not ups or any(_width(layers[up])[1] != inner for up in ups):
+        return None
+    return tuple(ups), down
+
+
+def _width(layer: Any) -> tuple[int, int]:
+    """Return the numbers of inputs and of outputs of a linear layer."""
+    rows, columns = layer.weight.shape
+    return (columns, rows) if isinstance(layer, nn.Linear) else (rows, columns)
 
 
 def linear_weights(

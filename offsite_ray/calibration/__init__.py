@@ -6,6 +6,7 @@ what is found is kept in the user's cache, by model, text and version.
 """
 
 from offsite_ray.calibration.forward import blockwise_forward
+from offsite_ray.calibration.gradients import GradientScores
 from offsite_ray.calibration.moments import InputMoments
 from offsite_ray.calibration.run import Calibration, calibrate
 from offsite_ray.calibration.signals import BlockSignals, block_signals
@@ -13,6 +14,7 @@ from offsite_ray.calibration.signals import BlockSignals, block_signals
 __all__ = [
     "BlockSignals",
     "Calibration",
+    "GradientScores",
     "InputMoments",
     "block_signals",
     "blockwise_forward",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from offsite_ray.architectures import linear_layers, stored_alone
 from offsite_ray.bundle import TensorDirectory, atomic_file, specs, write_file
 from offsite_ray.calibration.forward import blockwise_forward
+from offsite_ray.compression import MatrixStatistics
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -65,12 +66,12 @@ class InputMoments:
         """Return whether a weight is of a layer whose inputs are known."""
         return name in self._found
 
-    def of(self, name: str) -> Tensor | None:
-        """Return ``E[a a^T]``, ``(in, in)``, of the inputs of a weight; None: it is not known."""
+    def of(self, name: str) -> MatrixStatistics:
+        """Return what is said of a weight: the moment of its inputs, or nothing."""
         if name not in self._found:
-            return None
+            return MatrixStatistics()
         weights, joined = self._found[name]
-        return weights.read(joined)
+        return MatrixStatistics(inputs=weights.read(joined))
 
 
 def _write(full: FullModel, batches: Sequence[Tensor], files: Mapping[int, Path]) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from offsite_ray.bundle import atomic_file, fingerprint, specs, user_cache, write_file
 from offsite_ray.bundle.digest import digest_plain
+from offsite_ray.calibration.gradients import GradientScores
 from offsite_ray.calibration.losses import PartialLoss
 from offsite_ray.calibration.moments import InputMoments
 from offsite_ray.calibration.signals import BlockSignals, block_signals
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from offsite_ray.architectures import Notice
+    from offsite_ray.compression import Need
     from offsite_ray.config import CompressConfig
     from offsite_ray.full_model import FullModel
 
@@ -36,6 +38,11 @@ _BATCH_TOKENS = 8192
 """Of what goes through a block at once."""
 _VERSION = 1
 """Of what the cache holds."""
+
+_SOURCES: dict[Need, type[InputMoments] | type[GradientScores]] = {
+    "inputs": InputMoments,
+    "gradients": GradientScores,
+}
 
 
 class Calibration:
@@ -80,11 +87,11 @@ class Calibration:
             self._known[key] = self._partial_loss(key)
         return self._known[key]
 
-    def input_moments(self, blocks: Collection[int]) -> InputMoments:
-        """Return what goes into the linear layers of some blocks; see :class:`InputMoments`."""
+    def statistics(self, need: Need, blocks: Collection[int]) -> InputMoments | GradientScores:
+        """Return what there is to say of the matrices of some blocks."""
         folder = user_cache("calibration")
-        kept = None if folder is None else folder / f"{self._key}-inputs"
-        return InputMoments(self._full, self._batches, blocks, kept)
+        kept = None if folder is None else folder / f"{self._key}-{need}"
+        return _SOURCES[need](self._full, self._batches, blocks, kept)
 
     @cached_property
     def _signals(self) -> BlockSignals:

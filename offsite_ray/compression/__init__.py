@@ -15,6 +15,7 @@ from offsite_ray.compression.methods import (
 )
 from offsite_ray.compression.packing import PACKED_BITS, PackedTensor, pack
 from offsite_ray.compression.quantization import GROUP_SIZE, Quantized, quantize
+from offsite_ray.compression.statistics import MatrixStatistics, Need
 
 __all__ = [
     "COMPRESSION_METHODS",
@@ -22,6 +23,8 @@ __all__ = [
     "PACKED_BITS",
     "Compression",
     "CompressionMethod",
+    "MatrixStatistics",
+    "Need",
     "PackedTensor",
     "Quantized",
     "Step",

@@ -40,76 +40,94 @@ class ScoredMatrix:
     """``dL/dW``, ``(out, in)``."""
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What removing each of some parts of a matrix scores, but for the privacy."""
+
+    curvature: Tensor
+    """``(K,)``: ``|H D|_1``."""
+    slope: Tensor
+    """``(K,)``: ``-<dL/dW, D>``."""
+
+    def total(self, privacy: float) -> Tensor:
+        """Return the scores, ``(K,)``."""
+        return self.curvature + privacy * self.slope
+
+    def __add__(self, other: Scores) -> Scores:
+        """Return the scores of parts that are removed together."""
+        return Scores(self.curvature + other.curvature, self.slope + other.slope)
+
+
 def score(matrix: ScoredMatrix, change: Tensor, privacy: float) -> float:
     """Return the score of a change, ``(out, in)``: the definition, entry by entry."""
     curved = matrix.outputs @ change @ matrix.inputs
     return float(curved.abs().sum() - privacy * (matrix.gradient * change).sum())
 
 
-def component_scores(
-    matrix: ScoredMatrix, left: Tensor, values: Tensor, right: Tensor, privacy: float
-) -> Tensor:
-    """Return the score of removing each singular component, ``(R,)``.
+def component_scores(matrix: ScoredMatrix) -> Scores:
+    """Return the scores of the singular components ``s_k u_k v_k^T``, largest value first.
 
-    ``s_k |G u_k|_1 |A v_k|_1 + p s_k u_k^T (dL/dW) v_k``.
-
-    Args:
-        matrix: What is decomposed.
-        left: ``U``, ``(out, R)``.
-        values: ``s``, ``(R,)``.
-        right: ``V^T``, ``(R, in)``.
-        privacy: Weight of the emulator's loss.
+    ``s_k |G u_k|_1 |A v_k|_1`` and ``s_k u_k^T (dL/dW) v_k``.
     """
+    left, values, right = torch.linalg.svd(matrix.weight, full_matrices=False)
     outputs = (matrix.outputs @ left).abs().sum(0)
     inputs = (matrix.inputs @ right.T).abs().sum(0)
     slope = torch.einsum("ok,oi,ki->k", left, matrix.gradient, right)
-    return values * (outputs * inputs + privacy * slope)
+    return Scores(values * outputs * inputs, values * slope)
 
 
-def truncate_preserving(matrix: ScoredMatrix, rank: int, privacy: float) -> Tensor:
-    """Return a matrix of some rank: the components whose removal scores most stay.
-
-    Of the largest singular values some stay whatever they score; see :data:`ALWAYS_KEPT`.
-    """
-    left, values, right = torch.linalg.svd(matrix.weight, full_matrices=False)
-    scores = component_scores(matrix, left, values, right, privacy)
-    scores[: math.ceil(ALWAYS_KEPT * len(values))] = math.inf
-    kept = scores.argsort(descending=True, stable=True)[:rank].sort().values
-    truncated: Tensor = (left[:, kept] * values[kept]) @ right[kept]
-    return truncated
-
-
-def row_scores(matrix: ScoredMatrix, privacy: float) -> Tensor:
-    """Return the score of removing each output channel, ``(out,)``."""
+def row_scores(matrix: ScoredMatrix) -> Scores:
+    """Return the scores of the output channels."""
     curved = matrix.outputs.abs().sum(0) * (matrix.weight @ matrix.inputs).abs().sum(1)
-    return curved + privacy * (matrix.gradient * matrix.weight).sum(1)
+    return Scores(curved, (matrix.gradient * matrix.weight).sum(1))
 
 
-def column_scores(matrix: ScoredMatrix, privacy: float) -> Tensor:
-    """Return the score of removing each input, ``(in,)``."""
+def column_scores(matrix: ScoredMatrix) -> Scores:
+    """Return the scores of the inputs."""
     curved = (matrix.outputs @ matrix.weight).abs().sum(0) * matrix.inputs.abs().sum(1)
-    return curved + privacy * (matrix.gradient * matrix.weight).sum(0)
+    return Scores(curved, (matrix.gradient * matrix.weight).sum(0))
 
 
-def prune_channels(
-    ups: Sequence[ScoredMatrix], down: ScoredMatrix, count: int, privacy: float
-) -> tuple[list[Tensor], Tensor]:
-    """Return a feed-forward's matrices with some of its inner channels set to zero.
+def channel_scores(ups: Sequence[ScoredMatrix], down: ScoredMatrix) -> Scores:
+    """Return the scores of a feed-forward's inner channels.
 
-    A channel is a row of each matrix into the inner width and a column of the one out of it; its
-    score is the sum of theirs, and the ones that score least go.
+    A channel is a row of each matrix into the inner width and a column of the one out of it.
 
     Args:
         ups: The matrices into the inner width, ``(inner, hidden)`` each: one, or up and gate.
         down: The matrix out of it, ``(hidden, inner)``.
-        count: Channels to remove.
-        privacy: Weight of the emulator's loss.
     """
-    scores = column_scores(down, privacy)
+    scores = column_scores(down)
     for up in ups:
-        scores = scores + row_scores(up, privacy)
-    removed = scores.argsort(stable=True)[:count]
-    return (
-        [up.weight.index_fill(0, removed, 0.0) for up in ups],
-        down.weight.index_fill(1, removed, 0.0),
-    )
+        scores = scores + row_scores(up)
+    return scores
+
+
+def keep_components(weight: Tensor, total: Tensor, rank: int) -> Tensor:
+    """Return a matrix of some rank: the singular components whose removal scores most stay.
+
+    Of the largest singular values some stay whatever they score; see :data:`ALWAYS_KEPT`.
+
+    Args:
+        weight: ``(out, in)``.
+        total: ``(R,)``: what removing each component scores, largest singular value first.
+        rank: At least 1.
+    """
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    ranked = total.clone()
+    ranked[: math.ceil(ALWAYS_KEPT * len(values))] = math.inf
+    kept = ranked.argsort(descending=True, stable=True)[:rank].sort().values
+    truncated: Tensor = (left[:, kept] * values[kept]) @ right[kept]
+    return truncated
+
+
+def remove_channels(weight: Tensor, total: Tensor, count: int, axis: int) -> Tensor:
+    """Return a matrix with the channels at zero whose removal scores least.
+
+    Args:
+        weight: ``(out, in)``.
+        total: What removing each channel scores.
+        count: Channels to remove.
+        axis: 0 where a channel is a row, 1 where it is a column.
+    """
+    return weight.index_fill(axis, total.argsort(stable=True)[:count], 0.0)

@@ -8,10 +8,12 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from offsite_ray.compression.gradient_preserving import keep_components, remove_channels
 from offsite_ray.compression.low_rank import kept_rank, truncate, truncate_whitened
 from offsite_ray.compression.packing import PACKED_BITS
 from offsite_ray.compression.pruning import prune_pattern, prune_smallest
 from offsite_ray.compression.quantization import GROUP_SIZE, quantize
+from offsite_ray.compression.statistics import NOTHING_SAID, MatrixStatistics, Need
 from offsite_ray.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
@@ -30,11 +32,11 @@ class Step:
     method: str
     source: str
     parameters: Mapping[str, int | float]
-    apply: Callable[[Tensor, Tensor | None], Tensor]
-    """``(matrix, moment of its inputs) -> matrix``, ``(out, in)``, ``(in, in)`` and ``(out, in)``,
-    float32; what is given stays as it is."""
-    needs_inputs: bool = False
-    """Whether it looks at the moment ``E[a a^T]`` of the inputs, which takes text."""
+    apply: Callable[[Tensor, MatrixStatistics], Tensor]
+    """``(matrix, what text says of it) -> matrix``, ``(out, in)`` float32 each; the given one stays
+    as it is."""
+    needs: Need | None = None
+    """What it wants to know of the matrix, which takes text."""
     packed_bits: int | None = None
     """Bits in which the result can be stored; None: it is stored like any other tensor."""
 
@@ -64,22 +66,22 @@ class Compression:
         return self.steps[-1].packed_bits if self.steps else None
 
     @property
-    def needs_inputs(self) -> bool:
-        """Whether a step looks at what text makes of the inputs."""
-        return any(step.needs_inputs for step in self.steps)
+    def needs(self) -> frozenset[Need]:
+        """What the steps want to know of a matrix."""
+        return frozenset(step.needs for step in self.steps if step.needs is not None)
 
-    def apply(self, matrix: Tensor, inputs: Tensor | None = None) -> Tensor:
+    def apply(self, matrix: Tensor, said: MatrixStatistics = NOTHING_SAID) -> Tensor:
         """Return what becomes of a matrix.
 
         Args:
             matrix: ``(out, in)`` float32, as is the result.
-            inputs: ``E[a a^T]`` of its inputs, ``(in, in)`` float32; None where it is not known.
+            said: What text says of it, as far as that is known.
         """
-        return _applied(self.steps, matrix, inputs)
+        return _applied(self.steps, matrix, said)
 
-    def before_packing(self, matrix: Tensor, inputs: Tensor | None = None) -> Tensor:
+    def before_packing(self, matrix: Tensor, said: MatrixStatistics = NOTHING_SAID) -> Tensor:
         """Return what becomes of a matrix before the last step, which quantizes it."""
-        return _applied(self.steps[:-1], matrix, inputs)
+        return _applied(self.steps[:-1], matrix, said)
 
     def recipe(self) -> dict[str, Any]:
         """Return the steps with their parameters, for a manifest."""
@@ -89,9 +91,9 @@ class Compression:
         return {"method": self.text, "steps": steps}
 
 
-def _applied(steps: Sequence[Step], matrix: Tensor, inputs: Tensor | None) -> Tensor:
+def _applied(steps: Sequence[Step], matrix: Tensor, said: MatrixStatistics) -> Tensor:
     for step in steps:
-        matrix = step.apply(matrix, inputs)
+        matrix = step.apply(matrix, said)
     return matrix
 
 
@@ -106,6 +108,11 @@ def parse_compression(text: str) -> Compression:
         return Compression(text=NONE, steps=())
     steps = tuple(_step(part.strip()) for part in text.split("+"))
     for step, following in itertools.pairwise(steps):
+        if following.method == "gradient_preserving":
+            raise ConfigError(
+                f"compression {text!r} has gradient_preserving behind {step.method}, which changes "
+                "the matrices that its gradients are of; put gradient_preserving first"
+            )
         if step.method == "quantize":
             raise ConfigError(
                 f"compression {text!r} has {following.method} behind quantize, whose levels it "
@@ -195,17 +202,44 @@ def _low_rank_aware(words: Sequence[str]) -> Step | None:
         return None
     ratio = plain.parameters["ratio"]
 
-    def apply(matrix: Tensor, inputs: Tensor | None) -> Tensor:
-        if inputs is None:
-            return plain.apply(matrix, None)
-        return truncate_whitened(matrix, inputs, kept_rank(matrix, ratio))
+    def apply(matrix: Tensor, said: MatrixStatistics) -> Tensor:
+        if said.inputs is None:
+            return plain.apply(matrix, said)
+        return truncate_whitened(matrix, said.inputs, kept_rank(matrix, ratio))
 
     return Step(
         method="low_rank_aware",
         source="SVD-LLM, Wang et al., arXiv 2403.07378, section 3.1",
         parameters={"ratio": ratio},
         apply=apply,
-        needs_inputs=True,
+        needs="inputs",
+    )
+
+
+def _gradient_preserving(words: Sequence[str]) -> Step | None:
+    numbers = [_number(word) for word in words]
+    if not 2 <= len(numbers) <= 3 or not 0 < numbers[0] <= 1:
+        return None
+    ratio, privacy, inner_privacy = numbers[0], numbers[1], numbers[-1]
+    if not all(0 <= number < math.inf for number in numbers):
+        return None
+
+    def apply(matrix: Tensor, said: MatrixStatistics) -> Tensor:
+        if said.components is not None:
+            total = said.components.total(privacy)
+            return keep_components(matrix, total, kept_rank(matrix, ratio))
+        if said.channels is not None:
+            total = said.channels.total(inner_privacy)
+            count = len(total) - max(1, round(ratio * len(total)))
+            return remove_channels(matrix, total, count, said.channel_axis)
+        return truncate(matrix, kept_rank(matrix, ratio))
+
+    return Step(
+        method="gradient_preserving",
+        source="GradOT, Yao et al., arXiv 2507.04455",
+        parameters={"ratio": ratio, "privacy": privacy, "inner_privacy": inner_privacy},
+        apply=apply,
+        needs="gradients",
     )
 
 
@@ -232,6 +266,13 @@ _ROWS = (
         form="low_rank_aware:RATIO (as low_rank, by what text makes of the inputs; takes "
         "--calibration)",
         make=_low_rank_aware,
+    ),
+    CompressionMethod(
+        name="gradient_preserving",
+        form="gradient_preserving:RATIO:PRIVACY or gradient_preserving:RATIO:PRIVACY:PRIVACY "
+        "(parameters that stay, 0 < RATIO <= 1; weight of the emulator's own loss, 0 or more, in "
+        "attention and in the feed-forward, as gradient_preserving:0.5:1; takes --calibration)",
+        make=_gradient_preserving,
     ),
 )
 

@@ -24,15 +24,14 @@ from offsite_ray.bundle import (
 from offsite_ray.compression import GROUP_SIZE, Compression, PackedTensor, parse_compression
 from offsite_ray.emulator.choosing import ChosenBlocks, choose_blocks
 from offsite_ray.emulator.companions import refuse_bottlenecks, write_companions
-from offsite_ray.emulator.inputs import check_text, measured_inputs
 from offsite_ray.emulator.matrices import MatrixToCompress
 from offsite_ray.emulator.packing import wrap_config, write_weights
+from offsite_ray.emulator.statistics import Statistics, check_text, measure
 from offsite_ray.full_model import FullModel, check_by_example, open_full_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from offsite_ray.calibration import InputMoments
     from offsite_ray.config import CompressConfig
 
 
@@ -62,8 +61,7 @@ class Parts:
     """What becomes of the matrices of the emulator blocks."""
     matrices: Mapping[str, bool]
     """Names of the matrices to compress, and whether each is stored as ``(in, out)``."""
-    inputs: InputMoments | None
-    """What the compression looks at, if it does."""
+    statistics: Statistics
 
 
 def compress(config: CompressConfig, notice: Notice | None = None) -> CompressResult:
@@ -89,14 +87,18 @@ def compress(config: CompressConfig, notice: Notice | None = None) -> CompressRe
         check_by_example(full)
     names = full.weights.tensors
     matrices = linear_weights(full.config, full.arch, names) if compression.steps else {}
-    inputs, said = measured_inputs(full, chosen, compression, matrices, config, notice)
+    statistics = measure(full, chosen, compression, matrices, config, notice)
     recipe = {
         "selection": {"method": config.select, "seed": config.seed, **chosen.recipe},
-        "compression": {**compression.recipe(), **said},
+        "compression": {**compression.recipe(), **statistics.recipe},
         "distillation": None,
     }
     parts = Parts(
-        full=full, chosen=chosen, compression=compression, matrices=matrices, inputs=inputs
+        full=full,
+        chosen=chosen,
+        compression=compression,
+        matrices=matrices,
+        statistics=statistics,
     )
     manifest = _write_bundle(parts, out, recipe, start)
     if "packed" in manifest.dtypes and notice is not None:
@@ -181,7 +183,7 @@ def bundle_tensors(
                 name=name,
                 transposed=parts.matrices[name],
                 compression=parts.compression,
-                inputs=parts.inputs,
+                statistics=parts.statistics,
                 carried=carried,
             )
             matrix.check()

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from offsite_ray.bundle import TensorSpec
-    from offsite_ray.calibration import InputMoments
     from offsite_ray.compression import Compression
+    from offsite_ray.emulator.statistics import Statistics
     from offsite_ray.full_model import FullModel
 
 
@@ -32,8 +32,7 @@ class MatrixToCompress:
     transposed: bool
     """Whether it is stored as ``(in, out)``."""
     compression: Compression
-    inputs: InputMoments | None
-    """Of the full model's linear layers, where the compression looks at them."""
+    statistics: Statistics
     carried: dict[str, str]
     """Gets the digest of the tensor as the full model has it."""
 
@@ -48,7 +47,9 @@ class MatrixToCompress:
             return packed_specs(
                 own_name,
                 packed,
-                lambda: self.compression.before_packing(self._read(), self._moment()),
+                lambda: self.compression.before_packing(
+                    self._read(), self.statistics.of(self.name)
+                ),
             )
         info = self.full.weights.tensors[self.name]
         return [lazy_spec(own_name, info.dtype, info.shape, self._compressed)]
@@ -80,12 +81,9 @@ class MatrixToCompress:
             )
 
     def _compressed(self) -> Tensor:
-        matrix = self.compression.apply(self._read(), self._moment())
+        matrix = self.compression.apply(self._read(), self.statistics.of(self.name))
         dtype = TORCH_DTYPES[self.full.weights.tensors[self.name].dtype]
         return (matrix.T if self.transposed else matrix).to(dtype)
-
-    def _moment(self) -> Tensor | None:
-        return None if self.inputs is None else self.inputs.of(self.name)
 
     def _read(self) -> Tensor:
         """Return the matrix as ``(out, in)`` float32."""

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What removing parts of blocks scores, against stock autograd, and bundles cut by it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.pytorch_utils import Conv1D
+
+from offsite_ray.architectures import feed_forward
+from offsite_ray.calibration import GradientScores
+from offsite_ray.compression.gradient_preserving import (
+    ScoredMatrix,
+    channel_scores,
+    component_scores,
+)
+from offsite_ray.compression.low_rank import kept_rank
+from offsite_ray.emulator import open_bundle
+from offsite_ray.full_model import open_full_model
+from tests.stock import blocks_in, logits_of, stock
+from tests.test_input_moments import SIX, aware, layers_of, rows
+from tests.tiny_models import save_tiny
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from tests.loops import Loop
+
+FEED_FORWARD = {
+    "gpt2": (("mlp.c_fc",), "mlp.c_proj"),
+    "opt": (("fc1",), "fc2"),
+    "bloom": (("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
+    "llama": (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
+    "qwen3": (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
+    "gemma3_text": (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
+    "gpt_neox": (("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
+    "phi3": None,  # up and gate are one matrix
+    "mixtral": None,  # experts; what is left is attention
+}
+PATHS = {"gpt2": "transformer.h", "bloom": "transformer.h", "opt": "model.decoder.layers"}
+
+
+def scored_by_hand(model: Any, index: int, tokens: Tensor) -> dict[str, ScoredMatrix]:
+    """Return what stock autograd says of a block's linear layers, of one sequence at a time."""
+    layers = layers_of(blocks_in(model)[index])
+    caught: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, layer in layers.items():
+
+        def keep(_module: Any, args: Any, output: Any, name: str = name) -> None:
+            output.retain_grad()
+            caught[name] = (args[0].detach().flatten(0, -2), output)
+
+        layer.register_forward_hook(keep)
+    sums: dict[str, list[Tensor]] = {}
+    for row in torch.split(tokens, 1):
+        model.zero_grad()
+        logits = model(input_ids=row, use_cache=False).logits
+        loss = F.cross_entropy(logits[0, :-1], row[0, 1:], reduction="sum")
+        torch.autograd.backward(loss)
+        for name, (inputs, output) in caught.items():
+            assert output.grad is not None
+            gradient = output.grad.flatten(0, -2)
+            weight = layers[name].weight
+            own = weight.grad.T if isinstance(layers[name], Conv1D) else weight.grad
+            new = [inputs.T @ inputs, gradient.T @ gradient, own.clone()]
+            sums[name] = [a + b for a, b in zip(sums.get(name, [0, 0, 0]), new, strict=True)]
+    found = {}
+    for name, (inputs, outputs, own) in sums.items():
+        weight = layers[name].weight.detach()
+        found[name] = ScoredMatrix(
+            weight=weight.T.contiguous() if isinstance(layers[name], Conv1D) else weight,
+            inputs=inputs / tokens.numel(),
+            outputs=outputs / tokens.numel(),
+            gradient=own / tokens.numel(),
+        )
+    return found
+
+
+@pytest.mark.parametrize("family", FEED_FORWARD)
+def test_the_feed_forward_is_found(tmp_path: Path, family: str) -> None:
+    heads = {"num_key_value_heads": 4} if family == "mixtral" else {}
+    model = stock(save_tiny(family, tmp_path / "model", **heads))
+    found = feed_forward(blocks_in(model)[0])
+    expected = FEED_FORWARD[family]
+    assert (found and (tuple(sorted(found[0])), found[1])) == expected
+
+
+@pytest.mark.parametrize("family", SIX)
+def test_the_scores_are_those_of_stock_gradients(tmp_path: Path, family: str) -> None:
+    model, tokens = save_tiny(family, tmp_path / "model"), rows(4, 12)
+    found = GradientScores(open_full_model(model), torch.split(tokens, 3), [1], tmp_path / "kept")
+    matrices = scored_by_hand(stock(model), 1, tokens)
+    ups, down = FEED_FORWARD[family]  # type: ignore[misc]
+    channels = channel_scores([matrices[up] for up in ups], matrices[down])
+    for layer, matrix in matrices.items():
+        said = found.of(f"{PATHS.get(family, 'model.layers')}.1.{layer}.weight")
+        inner = layer in (*ups, down)
+        scores = said.channels if inner else said.components
+        assert scores is not None
+        expected = channels if inner else component_scores(matrix)
+        torch.testing.assert_close(scores.curvature, expected.curvature, rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(scores.slope, expected.slope, rtol=1e-3, atol=1e-6)
+        assert (said.components is None) is inner
+        assert said.channel_axis == int(layer == down)
+        assert said.inputs is None
+
+
+@pytest.mark.parametrize("family", SIX)
+def test_components_go_in_attention_and_channels_in_the_feed_forward(
+    loop: Loop, tmp_path: Path, family: str
+) -> None:
+    model = save_tiny(family, tmp_path / "model")
+    text = "gradient_preserving:0.5:1:0"
+    assert aware(model, loop.text, tmp_path / "bundle", compress=text) == []
+    recipe = open_bundle(tmp_path / "bundle").manifest.recipe["compression"]
+    assert recipe["steps"][0]["inner_privacy"] == 0.0
+    assert recipe["calibration"]["num_sequences"] == 8
+    ups, down = FEED_FORWARD[family]  # type: ignore[misc]
+    before, after = stock(model), stock(tmp_path / "bundle")
+    for place, index in ((1, 1), (2, 4)):
+        old, new = (
+            {
+                name: layer.weight.data.T if isinstance(layer, Conv1D) else layer.weight.data
+                for name, layer in layers_of(blocks_in(m)[i]).items()
+            }
+            for m, i in ((before, index), (after, place))
+        )
+        removed = (new[down] == 0).all(0)
+        assert int(removed.sum()) == len(removed) // 2
+        assert torch.equal(new[down][:, ~removed], old[down][:, ~removed])
+        for up in ups:
+            assert bool((new[up][removed] == 0).all())
+            assert torch.equal(new[up][~removed], old[up][~removed])
+        for name in old.keys() - {*ups, down}:
+            rank = int(torch.linalg.matrix_rank(new[name], rtol=1e-4))
+            assert rank == kept_rank(old[name], 0.5)
+    packed = {"compress": "gradient_preserving:0.5:1+quantize:8"}
+    assert any("unpack" in line for line in aware(model, loop.text, tmp_path / "packed", **packed))
+
+
+def test_scores_are_kept(loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    logits = []
+    for number, text in enumerate(("gradient_preserving:0.5:0", "gradient_preserving:0.5:1000")):
+        aware(loop.model, loop.text, tmp_path / str(number), compress=text)
+        logits.append(logits_of(stock(tmp_path / str(number))))
+        monkeypatch.setattr("offsite_ray.calibration.gradients.load_model", None)
+    assert not torch.equal(*logits), "the privacy decides, on the same scores"
+    (folder,) = (tmp_path / "cache/offsite_ray/calibration").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "block-00001.safetensors",
+        "block-00004.safetensors",
+    ]
+
+
+def test_a_fused_feed_forward_is_cut_to_its_rank(loop: Loop, tmp_path: Path) -> None:
+    model = save_tiny("phi3", tmp_path / "model")
+    assert aware(model, loop.text, tmp_path / "bundle", compress="gradient_preserving:0.5:1") == []
+    for layer in layers_of(blocks_in(stock(tmp_path / "bundle"))[1]).values():
+        rank = int(torch.linalg.matrix_rank(layer.weight.data, rtol=1e-4))
+        assert rank == kept_rank(layer.weight, 0.5)
