@@ -83,7 +83,7 @@ def scored_by_hand(model: Any, index: int, tokens: Tensor) -> dict[str, ScoredMa
 
 @pytest.mark.parametrize("family", FEED_FORWARD)
 def test_the_feed_forward_is_found(tmp_path: Path, family: str) -> None:
-    heads = {"num_key_value_heads": 4} if family == "mixtral" else {}
+    heads: dict[str, Any] = {"num_key_value_heads": 4} if family == "mixtral" else {}
     model = stock(save_tiny(family, tmp_path / "model", **heads))
     found = feed_forward(blocks_in(model)[0])
     expected = FEED_FORWARD[family]
