@@ -6,13 +6,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from ray.train.torch import TorchTrainer
 
 from offsite_ray.bundle import TensorDirectory
 from offsite_ray.config import DistillConfig, FinetuneConfig
 from offsite_ray.distillation import DistillResult, distill
 from offsite_ray.errors import ConfigError, TrainingError
 from offsite_ray.finetuning import finetune
-from offsite_ray.results import EvalRecord, RunStart, StepRecord
+from offsite_ray.results import EvalRecord, RunStart, StepRecord, to_plain
 from offsite_ray.train import run_on_ray
 from offsite_ray.training import run_here
 from tests.loops import Loop, ignore
@@ -89,8 +90,18 @@ def test_workers_and_stages_do_not_change_the_result(
     assert largest_difference(tmp_path / "out", reference) < CLOSE
 
 
-def test_bf16_masters_and_reports(loop: Loop, tmp_path: Path) -> None:
+def test_bf16_masters_and_reports(
+    loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[Any] = []
+    ended: list[Any] = []
+    fit = TorchTrainer.fit
+
+    def watched(trainer: Any) -> Any:
+        ended.append(fit(trainer))
+        return ended[-1]
+
+    monkeypatch.setattr(TorchTrainer, "fit", watched)
     config = FinetuneConfig(
         bundle=str(loop.bundle),
         data=(str(loop.rows),),
@@ -110,7 +121,15 @@ def test_bf16_masters_and_reports(loop: Loop, tmp_path: Path) -> None:
     assert result.last_loss < result.first_loss
     assert isinstance(seen[0], RunStart)
     assert [r.step for r in seen if isinstance(r, StepRecord)] == [1, 2, 3, 4]
-    assert sum(isinstance(record, EvalRecord) for record in seen) == 5
+    evaluations = [record for record in seen if isinstance(record, EvalRecord)]
+    assert len(evaluations) == 5
+    # Ray Train has the same: the last evaluation, and the step before it.
+    told = ended[0].metrics
+    assert told["step"] == 4
+    assert {name: told[name] for name in evaluations[-1].losses} == evaluations[-1].losses
+    assert told["steps"] == [
+        to_plain(record) for record in seen if isinstance(record, StepRecord) and record.step == 4
+    ]
 
 
 def test_more_workers_than_the_cluster_holds(loop: Loop, tmp_path: Path) -> None:

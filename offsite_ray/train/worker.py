@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offsite_ray.errors import DivergedError, ResumeError, StorageError
-from offsite_ray.results import EvalRecord, TrainingHistory, to_plain
+from offsite_ray.results import EvalRecord, StepRecord, TrainingHistory, to_plain
 from offsite_ray.train.engine import DeepSpeedEngine
 from offsite_ray.training import TrainingOutcome, training_loop
 from offsite_ray.training.fragments import PARAMETER, FragmentReader, write_fragments
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from offsite_ray.results import Record
 
 RECORDS = "records.jsonl"
@@ -42,10 +44,14 @@ def worker(given: dict[str, Any]) -> list[str] | None:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     engine = DeepSpeedEngine(task, config)
     records = (run_dir / RECORDS).open("a", encoding="utf-8") if engine.rank == 0 else None
+    steps: list[StepRecord] = []
 
     def report(record: Record) -> None:
+        if isinstance(record, StepRecord):
+            steps.append(record)
         if isinstance(record, EvalRecord):
-            _tell_ray(record)
+            _tell_ray(record, steps)
+            steps.clear()
         if records is not None:
             records.write(json.dumps([type(record).__name__, to_plain(record)]) + "\n")
             records.flush()
@@ -67,11 +73,22 @@ def raise_final(told: list[str] | None) -> None:
         raise _FINAL[told[0]](told[1])
 
 
-def _tell_ray(record: EvalRecord) -> None:
-    """Report to Ray Train, which all workers must do together."""
+def _tell_ray(record: EvalRecord, steps: Sequence[StepRecord]) -> None:
+    """Report an evaluation to Ray Train, with the steps since the last, as all workers must.
+
+    Each step on its own would stop them: Ray Train holds one report of a worker until its
+    controller asks again, every other second.
+    """
     import ray.train
 
-    ray.train.report({"step": record.step, **record.losses, **record.diagnostics})
+    ray.train.report(
+        {
+            "step": record.step,
+            **record.losses,
+            **record.diagnostics,
+            "steps": [to_plain(step) for step in steps],
+        }
+    )
 
 
 def _write_result(directory: Path, engine: DeepSpeedEngine, history: TrainingHistory) -> None:
