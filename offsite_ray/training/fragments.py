@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 PARAMETER = "parameter"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What torch's AdamW calls its two running means."""
+KINDS = (PARAMETER, *MOMENTS)
+"""Everything that training goes on from."""
 
 Read = Callable[[str, str, int, int], Tensor]
 """``(kind, name, start, numel) -> (numel,)``: elements of a trained tensor or of a moment."""
