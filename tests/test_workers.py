@@ -9,13 +9,14 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
-from offsite_ray.bundle import digest_file
+from offsite_ray.bundle import TensorDirectory, digest_file
 from offsite_ray.errors import ResumeError, StorageError
 from offsite_ray.results import RunStart
 from offsite_ray.training import run_here
 from offsite_ray.training.checkpoints import checkpoints
-from offsite_ray.training.fragments import write_fragments
+from offsite_ray.training.fragments import Fragment, FragmentReader, write_fragments
 from tests.loops import Loop, ignore
 from tests.test_distillation import distill_task
 from tests.workers import WORLD_SIZE, run_two
@@ -97,6 +98,25 @@ def test_each_file_is_verified_by_one_worker_and_refused_by_all(
     found = two(task, tmp_path / "run")
     assert [type(error) for error in found] == [ResumeError] * WORLD_SIZE
     assert all("worker-00001.safetensors is missing" in str(error) for error in found)
+
+
+def test_a_trained_tensor_is_only_read_where_it_was_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = torch.arange(6.0)
+
+    def part(name: str, start: int, end: int) -> Fragment:
+        return Fragment(kind="parameter", name=name, start=start, values=values[start:end])
+
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    write_fragments(files[0], [part("whole", 0, 6), part("cut", 0, 4)])
+    write_fragments(files[1], [part("cut", 4, 6)])
+    reader = FragmentReader(files)
+    assert torch.equal(reader.whole("cut", (2, 3)), values.view(2, 3))
+    assert torch.equal(reader.read("parameter", "cut", 3, 2), values[3:5])
+    monkeypatch.setattr(reader, "read", None)
+    monkeypatch.setattr(TensorDirectory, "read", None)
+    assert torch.equal(reader.whole("whole", (2, 3)), values.view(2, 3))
 
 
 def test_the_largest_memory_is_that_of_any_worker_before_a_stop_too(
