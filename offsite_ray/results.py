@@ -110,12 +110,20 @@ class TrainingHistory:
     evaluations: tuple[EvalRecord, ...] = ()
     changes: tuple[Mapping[str, Any], ...] = ()
     """Settings that a resumed run changed: ``{"from_step": 40, "learning_rate": 1e-5, ...}``."""
+    result_step: int | None = None
+    """Steps after which the weights were those that are the result; None: not ended."""
     seconds: float | None = None
     """Wall time of the steps, evaluations and checkpoints included, start-up not."""
     num_tokens: int | None = None
     """Tokens that went through a forward pass with gradients."""
     peak_memory_bytes: int | None = None
     """Largest resident memory (or, on a GPU, allocated memory) of a worker."""
+
+    @property
+    def result_evaluation(self) -> EvalRecord | None:
+        """The evaluation of the weights that are the result."""
+        found = [record for record in self.evaluations if record.step == self.result_step]
+        return found[-1] if found else None
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> TrainingHistory:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from offsite_ray.architectures import get_blocks, load_config, load_model, resolve_architecture
 from offsite_ray.bundle import TensorDirectory
@@ -26,11 +27,12 @@ from offsite_ray.distillation.losses import forward_divergence
 from offsite_ray.emulator import compress, open_bundle
 from offsite_ray.errors import ConfigError, PlugInError
 from offsite_ray.split import SplitPlan
-from offsite_ray.training import head, run_here
+from offsite_ray.training import TorchEngine, head, run_here
 from tests.loops import Loop, ignore
 from tests.tiny_models import FAMILIES, save_tiny
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -245,7 +247,9 @@ def test_the_divergence_is_that_of_torch() -> None:
 
 def test_torch_compile_changes_nothing_but_rounding(loop: Loop, tmp_path: Path) -> None:
     plain = run(config(loop, tmp_path / "a", max_steps=2))
+    counters["stats"].clear()
     compiled = run(config(loop, tmp_path / "b", max_steps=2, compile=True))
+    assert counters["stats"]["unique_graphs"] > 0
     assert compiled.last_losses == pytest.approx(plain.last_losses, rel=1e-4)
 
 
@@ -292,6 +296,47 @@ def test_gradient_checkpointing_changes_nothing(loop: Loop, tmp_path: Path) -> N
     plain = run(config(loop, tmp_path / "a", max_steps=3))
     again = run(config(loop, tmp_path / "b", max_steps=3, gradient_checkpointing=True))
     assert again.last_losses == pytest.approx(plain.last_losses, rel=1e-5)
+
+
+def one_step(
+    loop: Loop, tmp_path: Path, ending: str, look: Callable[[Any, Any], None], **changes: Any
+) -> None:
+    """Do a forward and a backward pass; ``look`` sees what goes in and out of some modules."""
+    task = distill_task(loop, tmp_path, **changes)
+    engine = TorchEngine(task, task.config)
+    for name, module in engine._module.named_modules():
+        if name.endswith(ending):
+            module.register_forward_hook(
+                lambda _module, inputs, output: look(
+                    inputs[0], output[0] if isinstance(output, tuple) else output
+                )
+            )
+    parts = engine.forward(first_rows(task, 2))
+    engine.backward(torch.stack(list(parts.values())).sum())
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_gradient_checkpointing_recomputes_what_trains_and_no_more(
+    loop: Loop, tmp_path: Path, recomputed: bool
+) -> None:
+    given = {"gradient_checkpointing": recomputed}
+    emulators: list[Any] = []
+    one_step(loop, tmp_path / "a", ".emulator.mlp.c_fc", lambda *_: emulators.append(1), **given)
+    assert len(emulators) == (4 if recomputed else 2)
+    # Below the first emulator block nothing trains, so nothing is differentiated.
+    bottom: list[bool] = []
+    one_step(loop, tmp_path / "b", ".h.0", lambda *io: bottom.append(io[0].requires_grad), **given)
+    assert bottom == [False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_arithmetic_in_a_block_is_what_was_asked_for(
+    loop: Loop, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    seen: set[torch.dtype] = set()
+    given = {"dtype": "bf16" if dtype is torch.bfloat16 else "fp32"}
+    one_step(loop, tmp_path, ".mlp.c_fc", lambda *io: seen.add(io[1].dtype), **given)
+    assert seen == {dtype}
 
 
 def test_bf16_is_near_fp32(loop: Loop, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from offsite_ray.config import DistillConfig
 from offsite_ray.distillation import DistillResult, distill
 from offsite_ray.emulator import open_bundle
 from offsite_ray.errors import DivergedError, ResumeError, StorageError, TrainingError
-from offsite_ray.results import Record, StepRecord
+from offsite_ray.results import Record, RunStart, StepRecord
 from offsite_ray.train import run_on_ray
 from offsite_ray.training import TorchEngine, TrainingOutcome, run_here, training_loop
 from tests.loops import Loop, Stopped, ignore, stop_after
@@ -42,7 +43,6 @@ GIVEN = {
     "eval_every": 20,
 }
 SHARDED = {"num_workers": 2, "zero_stage": 3}
-CLOSE = 3e-4
 
 
 def config(loop: Loop, out: Path, **changes: Any) -> DistillConfig:
@@ -79,8 +79,11 @@ class Killer:
     def __init__(self, name: str, step: int) -> None:
         self.name, self.step = name, step
         self.killed: list[str] = []
+        self.starts: list[int] = []
 
     def __call__(self, record: Record) -> None:
+        if isinstance(record, RunStart):
+            self.starts.append(record.first_step)
         if self.killed or not isinstance(record, StepRecord) or record.step < self.step:
             return
         for process in psutil.Process().children(recursive=True):
@@ -97,13 +100,15 @@ class Killer:
 def test_a_killed_worker_or_controller_is_started_again(
     loop: Loop, undisturbed: tuple[Path, DistillResult], tmp_path: Path, name: str
 ) -> None:
-    """Bit for bit, without a hand."""
+    """Bit for bit, without a hand, and not from the beginning."""
     reference, expected = undisturbed
-    step = random.randrange(5, STEPS // 2)
+    step = random.randrange(11, STEPS // 2)  # the first checkpoint is there
     print(f"killing {name} from step {step}")
     killer = Killer(name, step)
     result = distill(config(loop, tmp_path / "out", **SHARDED), run_on_ray, killer)
     assert len(killer.killed) == 1
+    assert killer.starts[0] == 0
+    assert killer.starts[-1] > 0
     assert curve(result) == curve(expected)
     assert result.history.evaluations == expected.history.evaluations
     assert weights(tmp_path / "out") == weights(reference)
@@ -132,6 +137,7 @@ def test_a_killed_driver_goes_on_by_the_same_command(
     assert not (tmp_path / "out").exists()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert re.search(r"60 steps, from step [1-9]", done.stderr), done.stderr
     assert json.loads(done.stdout)["history"]["steps"][0]["step"] == 1
     assert weights(tmp_path / "out") == weights(reference)
 
@@ -156,7 +162,7 @@ def test_other_workers_stages_and_engines_go_on(
             config(loop, out, **SHARDED, max_failures=0), run_on_ray, Killer("RayTrainWorker", 11)
         )
     run_dir = out.parent / ".out.run"
-    (last,) = run_dir.glob("checkpoint-*")
+    last = max(run_dir.glob("checkpoint-*"))
     ways: list[tuple[str, Fit, dict[str, Any]]] = [
         ("b", run_on_ray, {"num_workers": 1, "zero_stage": 2}),
         ("c", run_here, {"num_workers": 0}),
@@ -188,16 +194,84 @@ def test_from_this_process_to_two_workers(loop: Loop, tmp_path: Path) -> None:
     )
 
 
-def test_a_run_that_diverges_keeps_its_last_checkpoint(loop: Loop, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("step", "good"), [(13, 10), (11, 5)])
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
+    loop: Loop, tmp_path: Path, step: int, good: int
+) -> None:
+    """The checkpoint of step 10 is not good where step 11 shows that its weights are no numbers."""
     out = tmp_path / "out"
-    with pytest.raises(DivergedError, match="the loss of step 13 is nan; try a lower"):
-        distill(config(loop, out), poisoned_at(13), ignore)
-    assert [p.name for p in (tmp_path / ".out.run").glob("checkpoint-*")] == ["checkpoint-00000010"]
+    with pytest.raises(DivergedError, match=f"the loss of step {step} is nan; try a lower"):
+        distill(config(loop, out), poisoned_at(step), ignore)
+    kept = [path.name for path in (tmp_path / ".out.run").glob("*-0*")]
+    assert kept == [f"checkpoint-{good:08}"]
     again = config(loop, out, resume=True, learning_rate=1e-3)
     result = distill(again, run_here, ignore)
     assert len(result.history.steps) == STEPS
     recipe = open_bundle(out).manifest.recipe["distillation"]
-    assert recipe["changes"] == [{"from_step": 10, "learning_rate": 1e-3, "max_grad_norm": 1.0}]
+    assert recipe["changes"] == [{"from_step": good, "learning_rate": 1e-3, "max_grad_norm": 1.0}]
+
+
+def test_a_gradient_that_is_no_number_ends_the_run(loop: Loop, tmp_path: Path) -> None:
+    """Of a loss that is one: what the optimizer would make of it is no state to go on from."""
+
+    class Overflowing(TorchEngine):
+        num_steps = 0
+
+        def step(self, learning_rate: float) -> float:
+            self.num_steps += 1
+            if self.num_steps == 8:
+                gradient = next(iter(self.trained.values())).grad
+                assert gradient is not None
+                gradient[0] = float("inf")
+            return super().step(learning_rate)
+
+    def fit(task: Any, given: Any, run_dir: Path, report: Any) -> TrainingOutcome:
+        engine = Overflowing(task, given)
+        history = training_loop(task, engine, given, run_dir, report)
+        return TrainingOutcome(history=history, state=engine.gather())
+
+    with pytest.raises(DivergedError, match="the gradient norm of step 8 is inf"):
+        distill(config(loop, tmp_path / "out"), fit, ignore)
+    kept = [path.name for path in (tmp_path / ".out.run").glob("*-0*")]
+    assert kept == ["checkpoint-00000005"]
+
+
+def test_a_kill_while_an_old_checkpoint_is_removed_blocks_no_resume(
+    loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distill(config(loop, tmp_path / "straight"), run_here, ignore)
+    out = tmp_path / "out"
+
+    rmtree = shutil.rmtree
+
+    def killed(directory: Path, **given: Any) -> None:
+        if not directory.name.endswith("checkpoint-00000005"):
+            rmtree(directory, **given)
+            return
+        (directory / "state.json").unlink()
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr("offsite_ray.training.checkpoints.shutil.rmtree", killed)
+        with pytest.raises(Stopped):
+            distill(config(loop, out), run_here, ignore)
+    seen: list[Any] = []
+    distill(config(loop, out, resume=True), run_here, seen.append)
+    assert seen[0].first_step == 10
+    assert weights(out) == weights(tmp_path / "straight")
+
+
+def test_a_finished_run_has_nothing_to_resume(loop: Loop, tmp_path: Path) -> None:
+    """Also where its driver was killed before it had removed what the run had kept."""
+    out = tmp_path / "out"
+    given = config(loop, out, max_steps=2, resume=True)
+    distill(given, run_here, ignore)
+    (tmp_path / ".out.run/checkpoint-00000001").mkdir(parents=True)
+    before = weights(out)
+    with pytest.raises(StorageError, match="out is finished, so there is nothing to resume"):
+        distill(given, run_here, ignore)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert weights(out) == before
 
 
 def poisoned_at(step: int) -> Fit:
@@ -286,11 +360,15 @@ def test_a_full_disk_on_workers_is_said_and_the_last_good_state_goes_on(
                     return
 
     with small_disk(disk, 64 * 2**20):
+        if not disk.is_mount():
+            pytest.skip("a limit on the size of files holds for no worker, and no disk is mounted")
         with pytest.raises(StorageError, match="No space left on device"):
             distill(config(loop, out, **SHARDED, checkpoint_every=2), run_on_ray, fill)
         assert list((disk / ".out.run").glob("checkpoint-*"))
         filler.unlink()
-        distill(config(loop, out, **SHARDED, resume=True), run_on_ray, ignore)
+        seen: list[Any] = []
+        distill(config(loop, out, **SHARDED, resume=True), run_on_ray, seen.append)
+        assert seen[0].first_step > 0
         assert weights(out) == weights(reference)
 
 
@@ -321,6 +399,10 @@ def test_the_best_state_can_be_the_result(loop: Loop, tmp_path: Path) -> None:
     losses = {e.step: e.losses["loss"] for e in result.history.evaluations}
     best = min(losses.values())
     assert losses[30] == best < losses[STEPS] / 10
+    assert result.history.result_step == 30
+    assert result.last_losses["loss"] == best
+    measured = open_bundle(tmp_path / "out").manifest.measured
+    assert measured["distillation_losses"]["loss"] == best
     again = config(loop, tmp_path / "again", bundle=str(tmp_path / "out"), max_steps=1)
     assert distill(again, run_here, ignore).first_losses["loss"] == pytest.approx(best, rel=1e-5)
 

@@ -10,13 +10,14 @@ import pytest
 
 from offsite_ray.config import DistillConfig
 from offsite_ray.distillation import distill
-from offsite_ray.errors import ConfigError
+from offsite_ray.errors import ConfigError, DivergedError, StorageError
 from offsite_ray.results import EvalRecord, Record, RunStart, StepRecord
 from offsite_ray.training import run_here
-from offsite_ray.training.metrics import METRICS_FILE, logged
+from offsite_ray.training.metrics import METRICS_FILE, JsonLines, logged
 from tests.loops import Loop, Stopped, ignore, stop_after
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -48,20 +49,25 @@ def lines(tmp_path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (tmp_path / "logs" / METRICS_FILE).open()]
 
 
-def points(tmp_path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Return what TensorBoard's own files hold, by name."""
+def events(tmp_path: Path) -> Iterator[Any]:
+    """Yield what TensorBoard's own files hold."""
     from tensorboardX.event_file_writer import EventFileWriter  # noqa: F401  # it is installed
     from tensorboardX.proto.event_pb2 import Event
 
-    found: dict[str, list[tuple[int, float]]] = {}
     for file in sorted((tmp_path / "logs").glob("events.*")):
         data, position = file.read_bytes(), 0
         while position < len(data):
             length = int.from_bytes(data[position : position + 8], "little")
-            event = Event.FromString(data[position + 12 : position + 12 + length])
+            yield Event.FromString(data[position + 12 : position + 12 + length])
             position += 16 + length
-            for value in event.summary.value:
-                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+
+
+def points(tmp_path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return TensorBoard's points by name."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for event in events(tmp_path):
+        for value in event.summary.value:
+            found.setdefault(value.tag, []).append((event.step, value.simple_value))
     return found
 
 
@@ -101,6 +107,8 @@ def test_a_resumed_run_goes_on_in_the_same_file(loop: Loop, tmp_path: Path) -> N
     with (tmp_path / "logs" / METRICS_FILE).open("a") as file:
         file.write('{"step": 6, "tra')  # as a killed process leaves it
     run(config(loop, tmp_path, resume=True))
+    starts = [event.step for event in events(tmp_path) if event.HasField("session_log")]
+    assert starts == [0, 5]  # TensorBoard drops what a file before has from there on
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
 
 
@@ -120,6 +128,39 @@ def test_workers_that_are_started_again_do_not_repeat_lines(loop: Loop, tmp_path
         for record in records:
             report(record)
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 3, 4]
+
+
+def test_a_log_directory_that_cannot_be_is_said_before_anything_runs(
+    loop: Loop, tmp_path: Path
+) -> None:
+    (tmp_path / "logs").write_text("mine")
+    with pytest.raises(StorageError, match="logs: File exists"):
+        run(config(loop, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
+
+
+def test_a_full_log_disk_hides_neither_progress_nor_what_failed(
+    loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError("no space")
+
+    seen: list[Record] = []
+    start = RunStart(total_steps=4, first_step=0, num_train=1, num_held_out=1)
+    step = StepRecord(step=1, losses={"loss": 1.0}, learning_rate=0.1)
+
+    def fail_while_logged() -> None:
+        with logged(config(loop, tmp_path), seen.append) as report:
+            report(start)
+            monkeypatch.setattr(JsonLines, "write", refuse)
+            monkeypatch.setattr(JsonLines, "close", refuse)
+            with pytest.raises(OSError, match="no space"):
+                report(step)
+            raise DivergedError("the reason")
+
+    with pytest.raises(DivergedError, match="the reason"):
+        fail_while_logged()
+    assert seen == [start, step]
 
 
 def test_nothing_is_logged_unless_asked(loop: Loop, tmp_path: Path) -> None:

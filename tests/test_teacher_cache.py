@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,9 @@ import torch
 
 from offsite_ray.config import CompressConfig, DistillConfig
 from offsite_ray.distillation import DistillResult, distill, fill_here
-from offsite_ray.distillation.cache import CACHE_MANIFEST, CacheTask
+from offsite_ray.distillation.cache import CACHE_MANIFEST, CacheTask, ensure_cache
 from offsite_ray.emulator import compress, open_bundle
-from offsite_ray.errors import CacheError, ConfigError
+from offsite_ray.errors import CacheError, ConfigError, StorageError
 from offsite_ray.train import fill_on_ray
 from offsite_ray.training import run_here
 from tests.loops import Loop, ignore
@@ -45,10 +46,6 @@ def config(loop: Loop, out: Path, **changes: Any) -> DistillConfig:
 
 def run(given: DistillConfig, fill: Any = fill_here) -> DistillResult:
     return distill(given, run_here, ignore, None, fill)
-
-
-def losses(result: DistillResult) -> list[Any]:
-    return [pytest.approx(record.losses, rel=1e-4) for record in result.history.steps]
 
 
 @pytest.mark.parametrize("weights", [{}, EVERY_LOSS, {"hidden_weight": 0.0, "logits_weight": 1.0}])
@@ -214,6 +211,68 @@ def test_writing_goes_on_where_it_stopped(
     assert result.last_losses["hidden"] < result.first_losses["hidden"]
     key = json.loads((tmp_path / "cache" / CACHE_MANIFEST).read_text())["key"]
     assert key["ends"] == [4]
+
+
+def test_another_run_may_write_the_same_cache_meanwhile(
+    loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends while this one computes, or just when this one looks what is there."""
+    computed: list[int] = []
+
+    def fill(
+        task: CacheTask, given: DistillConfig, parts: Sequence[int], tell: Callable[[int], None]
+    ) -> None:
+        computed.append(len(parts))
+        fill_here(task, given, parts, tell)
+
+    def fill_behind(
+        task: CacheTask, given: DistillConfig, parts: Sequence[int], tell: Callable[[int], None]
+    ) -> None:
+        ensure_cache(task, given, fill, lambda _: None)
+        fill(task, given, parts, tell)
+
+    result = run(config(loop, tmp_path / "a", teacher_cache=str(tmp_path / "a-cache")), fill_behind)
+    assert computed == [1, 1]
+    assert result.last_losses["hidden"] < result.first_losses["hidden"]
+    assert not (tmp_path / "a-cache/begun.json").exists()
+
+    given = config(loop, tmp_path / "b", teacher_cache=str(tmp_path / "b-cache"))
+    place = "offsite_ray.distillation.cache.check_parent"
+
+    def other_run_ends(_: Path) -> None:
+        monkeypatch.setattr(place, lambda _: None)
+        run(config(loop, tmp_path / "c", teacher_cache=str(tmp_path / "b-cache")), fill)
+
+    monkeypatch.setattr(place, other_run_ends)
+    run(given, fill)
+    assert computed == [1, 1, 1]
+
+
+def test_what_a_killed_run_left_half_written_is_removed(loop: Loop, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    old, young = folder / ".begun.json.tmp-1-00", folder / ".teacher-000000.safetensors.tmp-2-00"
+    for file in (old, young):
+        file.write_text("{")
+    os.utime(old, (0, 0))
+    run(config(loop, tmp_path / "a", teacher_cache=str(folder)))
+    assert not old.exists()
+    assert young.exists()  # of a run that may be alive
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_an_actor_raises_is_raised_here(loop: Loop, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+
+    def fill(task: CacheTask, *given: Any) -> None:
+        assert task.batch_size == 2  # a worker's share
+        fill_on_ray(dataclasses.replace(task, model=str(tmp_path / "empty")), *given)
+
+    given = config(loop, tmp_path / "a", teacher_cache=str(tmp_path / "cache"), num_workers=2)
+    with pytest.raises(StorageError, match="empty") as caught:
+        run(given, fill)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

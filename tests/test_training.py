@@ -119,6 +119,17 @@ def test_a_checkpoint_of_other_settings_is_refused(loop: Loop, tmp_path: Path) -
         finetune(other, run_here, ignore)
 
 
+def test_a_run_that_had_too_little_memory_goes_on_with_recomputation(
+    loop: Loop, tmp_path: Path
+) -> None:
+    with pytest.raises(Stopped):
+        finetune(config(loop, tmp_path / "out", checkpoint_every=2), run_here, stop_after(3))
+    given = {"checkpoint_every": 2, "resume": True, "gradient_checkpointing": True}
+    resumed = finetune(config(loop, tmp_path / "out", **given), run_here, ignore)
+    straight = finetune(config(loop, tmp_path / "straight"), run_here, ignore)
+    assert trained(resumed) == pytest.approx(trained(straight), rel=1e-5)
+
+
 def test_a_failed_run_without_checkpoint_leaves_nothing(loop: Loop, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="learning-rate"):
         finetune(config(loop, tmp_path / "out", learning_rate=1e30), run_here, ignore)

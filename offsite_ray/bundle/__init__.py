@@ -8,6 +8,8 @@ from offsite_ray.bundle.atomic import (
     check_parent,
     made_parent,
     storage_error,
+    sync,
+    write_json,
 )
 from offsite_ray.bundle.digest import digest_file, new_hasher
 from offsite_ray.bundle.fingerprint import Fingerprint, difference, digests, fingerprint
@@ -77,9 +79,11 @@ __all__ = [
     "rewrite_model",
     "specs",
     "storage_error",
+    "sync",
     "tensor_bytes",
     "user_cache",
     "write_file",
+    "write_json",
     "write_manifest",
     "write_model",
     "write_packed",

@@ -6,15 +6,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import glob
+import json
 import os
 import secrets
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from offsite_ray.errors import StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 
@@ -70,7 +71,7 @@ def atomic_directory(out: Path) -> Iterator[Path]:
                 if out.is_dir():
                     out.rmdir()
                 tmp.rename(out)
-                _sync(out.parent)
+                sync(out.parent)
             finally:
                 shutil.rmtree(tmp, ignore_errors=True)
     except OSError as error:
@@ -85,12 +86,29 @@ def atomic_file(out: Path) -> Iterator[Path]:
         with made_parent(out):
             try:
                 yield tmp
-                _sync(tmp)
+                sync(tmp)
                 tmp.replace(out)
             finally:
                 tmp.unlink(missing_ok=True)
     except OSError as error:
         raise storage_error(out, error) from error
+
+
+def write_json(out: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file that is whole and durable as soon as it is there.
+
+    Raises:
+        OSError: The file system refuses; what it says, for the caller to put in words.
+    """
+    tmp = _sibling(out)
+    try:
+        with tmp.open("w", encoding="utf-8") as file:
+            json.dump(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        tmp.replace(out)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -153,11 +171,12 @@ def _sibling(out: Path) -> Path:
 def _sync_tree(directory: Path) -> None:
     for path in directory.rglob("*"):
         if path.is_file():
-            _sync(path)
-    _sync(directory)
+            sync(path)
+    sync(directory)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, would survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

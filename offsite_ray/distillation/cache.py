@@ -10,7 +10,9 @@ cache that is not whole yet, and writing goes on where it stopped.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +24,10 @@ from offsite_ray.architectures import DTYPES
 from offsite_ray.bundle import (
     DTYPE_NAMES,
     TensorDirectory,
-    atomic_file,
     check_parent,
     fingerprint,
     storage_error,
+    write_json,
 )
 from offsite_ray.bundle.digest import digest_plain
 from offsite_ray.distillation.losses import active_losses
@@ -34,8 +36,6 @@ from offsite_ray.errors import CacheError, OffsiteError
 from offsite_ray.results import to_plain
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
 
     from offsite_ray.config import DistillConfig
@@ -47,6 +47,8 @@ CACHE_MANIFEST = "offsite-cache.json"
 _SCHEMA_VERSION = 1
 _FILE_BYTES = 256 * 2**20
 """Bytes of a file, about: what one actor computes at a time, and what a kill costs at most."""
+_LEFT_AFTER_S = 3600
+"""Age of a temporary file that nobody writes to any longer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,7 +137,7 @@ def cache_task(
         blocks=blocks,
         data=data,
         directory=str(Path(config.teacher_cache or "").resolve()),
-        batch_size=config.micro_batch_size or config.batch_size,
+        batch_size=config.micro_batch_size or config.batch_size // max(1, config.num_workers),
         use_positions=use_positions,
     )
 
@@ -158,13 +160,15 @@ def ensure_cache(
     begun = directory / "begun.json"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if begun.is_file():
-            _check_key(
-                directory, json.loads(begun.read_text(encoding="utf-8")), task.key, exact=True
-            )
-        elif any(directory.iterdir()):
+        if (found := _begun(begun)) is not None:
+            _check_key(directory, found, task.key, exact=True)
+        elif manifest.is_file():  # another run has ended meanwhile
+            open_cache(directory, task.key)
+            return
+        elif not all(_is_unfinished(path) for path in directory.iterdir()):
             raise CacheError(f"{directory} is not empty and no cache; choose another directory")
-        _write_json(begun, to_plain(task.key))
+        _remove_left(directory)
+        write_json(begun, to_plain(task.key))
         parts = task.parts()
         total = -(-task.key.num_rows // task.key.rows_per_file)
         done = total - len(parts)
@@ -177,15 +181,31 @@ def ensure_cache(
 
         if parts:
             fill(task, config, parts, tell)
-        _write_json(manifest, {"schema_version": _SCHEMA_VERSION, "key": to_plain(task.key)})
-        begun.unlink()
+        write_json(manifest, {"schema_version": _SCHEMA_VERSION, "key": to_plain(task.key)})
+        begun.unlink(missing_ok=True)  # another run that wrote the same may have ended before
     except OSError as error:
         raise storage_error(directory, error) from error
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    with atomic_file(path) as tmp:
-        tmp.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def _begun(path: Path) -> Any:
+    """Return the key of a cache that is being written; None where none is."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Return whether a file has the temporary name that it is written under."""
+    return path.name.startswith(".") and ".tmp-" in path.name
+
+
+def _remove_left(directory: Path) -> None:
+    """Remove what killed processes were writing; what is younger may be another run's."""
+    for path in directory.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another run's, which has its name now
+            if _is_unfinished(path) and path.stat().st_mtime < time.time() - _LEFT_AFTER_S:
+                path.unlink()
 
 
 def _check_key(directory: Path, found: Any, wanted: CacheKey, *, exact: bool) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offsite_ray.architectures import Notice, disk_state, empty_model
-from offsite_ray.bundle import PackedDirectory, check_free
+from offsite_ray.bundle import PackedDirectory
 from offsite_ray.compression import GROUP_SIZE
 from offsite_ray.distillation.cache import cache_task, ensure_cache, needed_ends
 from offsite_ray.distillation.module import TEACHER, distillation_module
@@ -28,7 +28,14 @@ from offsite_ray.emulator import (
 from offsite_ray.errors import ConfigError
 from offsite_ray.rehearsal import empty_batch, rehearse
 from offsite_ray.results import TrainingHistory, recipe_of
-from offsite_ray.training import LANGUAGE_MODEL, Fit, Report, keeps_documents_apart, run_directory
+from offsite_ray.training import (
+    LANGUAGE_MODEL,
+    Fit,
+    Report,
+    check_out,
+    keeps_documents_apart,
+    run_directory,
+)
 from offsite_ray.training.sources import prepared_for
 
 if TYPE_CHECKING:
@@ -51,6 +58,7 @@ class DistillResult:
     first_losses: Mapping[str, float]
     """Held-out losses before the first step, by part; ``loss`` is their weighted sum."""
     last_losses: Mapping[str, float]
+    """The same of the weights that were written."""
     history: TrainingHistory
     seconds: float
 
@@ -77,7 +85,7 @@ def distill(
     """
     start = time.perf_counter()
     out = Path(config.out)
-    check_free(out)
+    check_out(out, config.resume)
     bundle = open_bundle(config.bundle)
     if not bundle.plan.emulator:
         raise ConfigError(
@@ -105,19 +113,18 @@ def distill(
         task = replace(task, flops_per_token=_flops_per_token(task, full, bundle))
         outcome = fit(task, config, run_dir, report)
         history = outcome.history
-        recipe = (
-            recipe_of(
-                config,
-                data=task.data.digest,
-                losses=list(task.loss_weights),
-                changes=history.changes,
-            )
-            | packed
+        last = history.result_evaluation or history.evaluations[-1]
+        recipe = recipe_of(
+            config,
+            data=task.data.digest,
+            losses=list(task.loss_weights),
+            changes=history.changes,
+            **packed,
         )
         measured = {
             "distillation_seconds": history.seconds,
             "distillation_peak_memory_bytes": history.peak_memory_bytes,
-            "distillation_losses": dict(history.evaluations[-1].losses),
+            "distillation_losses": dict(last.losses),
         }
         tensors = _bundle_state(bundle, task, outcome.state)
         manifest = write_distilled(bundle, tensors, out, recipe, measured)
@@ -125,7 +132,7 @@ def distill(
         out=config.out,
         id=manifest.id,
         first_losses=history.evaluations[0].losses,
-        last_losses=history.evaluations[-1].losses,
+        last_losses=last.losses,
         history=history,
         seconds=time.perf_counter() - start,
     )

@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
 from offsite_ray.architectures import DTYPES, load_config, load_model, resolve_architecture
 from offsite_ray.data import PreparedData, split_blocks
 from offsite_ray.distillation.cache import CachedBlocks, open_cache
 from offsite_ray.distillation.losses import active_losses
 from offsite_ray.distillation.module import distillation_module
-from offsite_ray.training import set_dtypes
+from offsite_ray.training import loaded_dtype, set_dtypes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import torch
     from torch import nn
 
     from offsite_ray.config import DistillConfig
@@ -66,7 +65,7 @@ class DistillTask:
     def build(self, device: torch.device) -> nn.Module:
         """Return the module that is trained; see :func:`distillation_module`."""
         compute = DTYPES[self.config.dtype]
-        stored = None if compute is torch.bfloat16 else compute
+        stored = loaded_dtype(compute)
         full = load_model(self.model, dtype=stored, dropout=False) if self.runs_teacher else None
         emulator = load_model(self.bundle, dtype=stored, dropout=False)
         module = distillation_module(

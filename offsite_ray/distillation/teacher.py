@@ -17,6 +17,7 @@ from offsite_ray.architectures import (
 )
 from offsite_ray.bundle import atomic_file, specs, write_file
 from offsite_ray.data import all_blocks
+from offsite_ray.training import loaded_dtype
 from offsite_ray.training.batches import collate
 
 if TYPE_CHECKING:
@@ -35,8 +36,7 @@ class Teacher:
         """Load it."""
         self._task = task
         self._device = torch.device("cuda" if gpu else "cpu")
-        compute = DTYPES[task.key.dtype]
-        stored = None if compute is torch.bfloat16 else compute
+        stored = loaded_dtype(DTYPES[task.key.dtype])
         model = load_model(task.model, dtype=stored, dropout=False)
         arch = resolve_architecture(load_config(task.model), task.blocks)
         blocks = list(get_blocks(model, arch))[: max(task.key.ends) + 1]

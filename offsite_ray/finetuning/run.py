@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
 from offsite_ray.adapter import write_adapter
 from offsite_ray.architectures import (
     DTYPES,
@@ -20,7 +18,7 @@ from offsite_ray.architectures import (
     load_model,
     resolve_architecture,
 )
-from offsite_ray.bundle import TensorDirectory, atomic_directory, check_free, rewrite_model
+from offsite_ray.bundle import TensorDirectory, atomic_directory, rewrite_model
 from offsite_ray.data import PreparedData, TokenBlocks, split_blocks
 from offsite_ray.emulator import (
     open_bundle,
@@ -39,7 +37,9 @@ from offsite_ray.training import (
     Fit,
     Report,
     TrainingOutcome,
+    check_out,
     keeps_documents_apart,
+    loaded_dtype,
     run_directory,
     set_dtypes,
 )
@@ -48,6 +48,7 @@ from offsite_ray.training.sources import prepared_for
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import torch
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
@@ -83,7 +84,7 @@ class FinetuneTask:
     def build(self, device: torch.device) -> nn.Module:
         """Return the model with its loss, on ``device``."""
         compute = DTYPES[self.config.dtype]
-        stored = None if compute is torch.bfloat16 else compute
+        stored = loaded_dtype(compute)
         model = load_model(self.model, dtype=stored, dropout=False)
         arch = resolve_architecture(load_config(self.model), self.blocks)
         module = finetuning_module(
@@ -135,7 +136,7 @@ class FinetuneResult:
     first_loss: float | None
     """Held-out loss before the first step, nats per token."""
     last_loss: float | None
-    """Held-out loss after the last."""
+    """Held-out loss of the weights that were written."""
     history: TrainingHistory
     seconds: float
 
@@ -156,7 +157,7 @@ def finetune(
     """
     start = time.perf_counter()
     out = Path(config.out)
-    check_free(out)
+    check_out(out, config.resume)
     finetuning_method(config.method)
     bundle = open_bundle(config.bundle) if config.bundle is not None else None
     host = host_of_bundle(bundle) if bundle else _baseline_host(config, notice)
@@ -240,14 +241,14 @@ def _write_baseline(
 def _result(
     config: FinetuneConfig, bundle_id: str | None, outcome: TrainingOutcome, seconds: float
 ) -> FinetuneResult:
-    evaluations = outcome.history.evaluations
+    evaluations, last = outcome.history.evaluations, outcome.history.result_evaluation
     return FinetuneResult(
         out=config.out,
         id=bundle_id,
         method=config.method,
         num_trained=sum(tensor.numel() for tensor in outcome.state.values()),
         first_loss=evaluations[0].losses["lm"] if evaluations else None,
-        last_loss=evaluations[-1].losses["lm"] if evaluations else None,
+        last_loss=last.losses["lm"] if last else None,
         history=outcome.history,
         seconds=seconds,
     )

@@ -7,18 +7,20 @@ Source: Rajbhandari et al., arXiv 1910.02054 (ZeRO), and arXiv 2101.06840 (offlo
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from offsite_ray.train.extension import build_extension
 from offsite_ray.training import adamw
 from offsite_ray.training.engine import optimizer_fragments, restore_optimizer, steps_done
-from offsite_ray.training.fragments import MOMENTS, PARAMETER, Fragment
+from offsite_ray.training.fragments import KINDS, MOMENTS, PARAMETER, Fragment
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from torch import Tensor
 
@@ -41,7 +43,8 @@ def deepspeed_config(config: TrainingConfig, world_size: int, *, gpu: bool) -> d
     return {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": -(-own // micro),
-        "gradient_clipping": config.max_grad_norm,
+        # Stage 0 tells nobody the norm it clips by: there the engine does it.
+        "gradient_clipping": config.max_grad_norm if config.zero_stage > 0 else 0.0,
         # Stage 0 has no float32 masters of its own: there the loop's autocast does the same.
         "bf16": {"enabled": config.dtype == "bf16" and config.zero_stage > 0},
         "zero_optimization": {
@@ -73,6 +76,8 @@ class DeepSpeedEngine:
             torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
         )
         os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if not gpu:
+            build_extension()
         settings = deepspeed_config(config, self.world_size, gpu=gpu)
         with _partitioned_loading(settings):
             module = task.build(self.device)
@@ -86,6 +91,7 @@ class DeepSpeedEngine:
             self._trained, self._optimizer, self.rank, self.world_size
         )
         self._autocast = config.dtype == "bf16" and not settings["bf16"]["enabled"]
+        self._max_norm = config.max_grad_norm if config.zero_stage == 0 else None
         self._micro_batches = settings["gradient_accumulation_steps"]
         self._done = 0
         self.reduce([0.0])  # a barrier: every worker has opened what the others share
@@ -106,14 +112,19 @@ class DeepSpeedEngine:
         self._engine.set_gradient_accumulation_boundary(self._done == self._micro_batches)
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
-    def step(self, learning_rate: float) -> float | None:
-        """Reduce, clip and apply the gradient; return its norm before clipping, if known."""
+    def step(self, learning_rate: float) -> float:
+        """Clip and apply the gradient; return its norm before.
+
+        A norm that is no number: stages 1 to 3 have skipped the step, stage 0 has not.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
+        norm = None
+        if self._max_norm is not None:
+            norm = torch.nn.utils.clip_grad_norm_(list(self._trained.values()), self._max_norm)
         self._engine.step()
         self._done = 0
-        norm = self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        return float(self._engine.get_global_grad_norm() if norm is None else norm)
 
     def reduce(self, values: Sequence[float]) -> list[float]:
         """Return the sums over all workers."""
@@ -124,10 +135,10 @@ class DeepSpeedEngine:
         found: list[float] = tensor.tolist()
         return found
 
-    def fragments(self) -> list[Fragment]:
+    def fragments(self, kinds: Collection[str] = KINDS) -> list[Fragment]:
         """Return a copy of what this worker holds of the masters and their moments."""
-        found: list[Fragment] = self._parts.fragments()
-        return found
+        live: Iterator[Fragment] = self._parts.fragments()
+        return [_copy(fragment) for fragment in live if fragment.kind in kinds]
 
     def restore(self, read: Read, steps: int) -> None:
         """Go on from fragments, whoever wrote them, with ``steps`` done."""
@@ -141,9 +152,8 @@ class _Replicated:
         self._trained, self._optimizer = trained, optimizer
         self._own = dict(list(trained.items())[rank::world_size])
 
-    def fragments(self) -> list[Fragment]:
-        live = optimizer_fragments(self._own, self._optimizer)
-        return [_copy(f.kind, f.name, f.start, f.values) for f in live]
+    def fragments(self) -> Iterator[Fragment]:
+        yield from optimizer_fragments(self._own, self._optimizer)
 
     def restore(self, read: Read, steps: int) -> None:
         restore_optimizer(self._trained, self._optimizer, read, steps)
@@ -155,16 +165,14 @@ class _CutInGroups:
     def __init__(self, trained: dict[str, Any], optimizer: Any, rank: int, world_size: int) -> None:
         self._trained, self._optimizer = trained, optimizer.optimizer
 
-    def fragments(self) -> list[Fragment]:
-        found = []
+    def fragments(self) -> Iterator[Fragment]:
         for name, parameter in self._trained.items():
             piece = parameter._hp_mapping
             if piece is not None:
                 start = piece.lp_fragment_address.start
-                found.append(_copy(PARAMETER, name, start, piece.hp_fragment))
-                for moment, values in self._moments(piece).items():
-                    found.append(_copy(moment, name, start, values))
-        return found
+                places = {PARAMETER: piece.hp_fragment, **self._moments(piece)}
+                for kind, values in places.items():
+                    yield Fragment(kind=kind, name=name, start=start, values=values)
 
     @torch.no_grad()
     def restore(self, read: Read, steps: int) -> None:
@@ -193,14 +201,13 @@ class _CutInTensors:
     def __init__(self, trained: dict[str, Any], optimizer: Any, rank: int, world_size: int) -> None:
         self._trained, self._zero, self._rank = trained, optimizer, rank
 
-    def fragments(self) -> list[Fragment]:
-        found = []
+    def fragments(self) -> Iterator[Fragment]:
         for name, parameter in self._trained.items():
             start, numel = self._stretch(parameter)
             if numel:
                 for kind, values in self._local(parameter).items():
-                    found.append(_copy(kind, name, start, values.narrow(0, 0, numel)))
-        return found
+                    own = values.narrow(0, 0, numel)
+                    yield Fragment(kind=kind, name=name, start=start, values=own)
 
     @torch.no_grad()
     def restore(self, read: Read, steps: int) -> None:
@@ -245,9 +252,9 @@ def _fresh(flat: Tensor, steps: int) -> dict[str, Tensor]:
     return {"step": steps_done(steps, flat), **{m: torch.zeros_like(flat) for m in MOMENTS}}
 
 
-def _copy(kind: str, name: str, start: int, values: Tensor) -> Fragment:
-    copied = values.detach().flatten().to("cpu", torch.float32, copy=True)
-    return Fragment(kind=kind, name=name, start=start, values=copied)
+def _copy(live: Fragment) -> Fragment:
+    copied = live.values.detach().flatten().to("cpu", torch.float32, copy=True)
+    return dataclasses.replace(live, values=copied)
 
 
 @contextlib.contextmanager

@@ -11,23 +11,25 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
-import sys
 import threading
 import uuid
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offsite_ray.cluster import check_room, embedded_ray
 from offsite_ray.errors import OffsiteError, StorageError, TrainingError
 from offsite_ray.results import CheckpointRecord, EvalRecord, RunStart, StepRecord
-from offsite_ray.train.worker import RECORDS, raise_final, read_result, worker
+from offsite_ray.train.worker import RECORDS, read_result, worker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from offsite_ray.config import TrainingConfig
     from offsite_ray.training import Report, TrainingOutcome, TrainingTask
+
+_LOG = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
 
@@ -47,7 +49,8 @@ def run_on_ray(
 
     Raises:
         ConfigError: The cluster cannot hold the workers.
-        TrainingError: They failed.
+        OffsiteError: What a worker raised; the same as in this process.
+        TrainingError: They failed without one of these, more often than they may.
     """
     run_dir = run_dir.resolve()
     (run_dir / RECORDS).unlink(missing_ok=True)
@@ -56,48 +59,52 @@ def run_on_ray(
         check_room(config.num_workers, gpu=gpu)
         for attempt in range(config.max_failures + 1):
             try:
-                raise_final(_fit(task, config, run_dir, gpu=gpu))
+                _fit(task, config, run_dir, gpu=gpu)
                 break
-            except OffsiteError:
-                raise
             except Exception as error:
-                if not _lost_controller(error) or attempt == config.max_failures:
-                    raise _worker_error(error, run_dir) from error
+                if attempt == config.max_failures or not may_be_mended(error):
+                    raise worker_error(error, run_dir) from error
     return read_result(run_dir)
 
 
-def _fit(
-    task: TrainingTask, config: TrainingConfig, run_dir: Path, *, gpu: bool
-) -> list[str] | None:
-    """Run the workers to their end; return what worker 0 does.
-
-    Ray Train starts lost workers again; they go on from the last checkpoint in the run's directory.
-    """
+def _fit(task: TrainingTask, config: TrainingConfig, run_dir: Path, *, gpu: bool) -> None:
+    """Run the workers to their end; they go on from the last checkpoint in the run's directory."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     trainer = TorchTrainer(
-        worker,  # type: ignore[arg-type]  # what it returns is Result.return_value
-        train_loop_config={"task": task, "config": config, "run_dir": str(run_dir)},
+        worker,
+        train_loop_config={
+            "task": task,
+            "config": config,
+            "run_dir": str(run_dir),
+            "num_threads": int(os.environ.get("OMP_NUM_THREADS", "0")),
+        },
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=gpu),
         run_config=RunConfig(  # type: ignore[call-arg]  # typed as the one before V2
             # Ray goes on with a run of the same name on its own; here the run's directory decides.
             name=uuid.uuid4().hex,
             storage_path=str(run_dir / "ray"),
-            failure_config=FailureConfig(max_failures=config.max_failures),
+            # Ray Train would start the workers again whatever failed; the caller looks first. Only
+            # workers that a preempted node takes along are started again by Ray Train itself.
+            failure_config=FailureConfig(max_failures=0),
             worker_runtime_env={"env_vars": worker_env(config.num_workers, gpu=gpu)},
         ),
     )
-    told: list[str] | None = trainer.fit().return_value  # type: ignore[attr-defined]
-    return told
+    trainer.fit()
 
 
-def _lost_controller(error: Exception) -> bool:
-    """Return whether Ray Train's own actor died, which nothing in Ray starts again."""
+def may_be_mended(error: Exception) -> bool:
+    """Return whether to start again: a worker or Ray Train's own actor is lost, or raised.
+
+    Not where a worker raised an error of this package: it would again.
+    """
     from ray.exceptions import RayActorError
 
-    return isinstance(error, RayActorError)
+    if any(isinstance(cause, OffsiteError) for cause in _causes(error)):
+        return False
+    return isinstance(error, RayActorError) or hasattr(error, "worker_failures")
 
 
 def use_gpu(config: TrainingConfig) -> bool:
@@ -114,16 +121,13 @@ def worker_env(num_workers: int, *, gpu: bool) -> dict[str, str]:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "TOKENIZERS_PARALLELISM": "false",
-        # DeepSpeed compiles with ninja, which lies beside the interpreter.
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
     return common if gpu else {**common, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": threads}
 
 
-def _worker_error(error: Exception, run_dir: Path) -> OffsiteError:
+def worker_error(error: Exception, run_dir: Path) -> OffsiteError:
     """Return what failed on a worker as one line, without Ray's frame around it."""
-    failures = getattr(error, "worker_failures", None) or {0: error}
-    causes = [_cause(failure) for failure in failures.values()]
+    causes = _causes(error)
     for cause in causes:
         if isinstance(cause, OffsiteError):
             return cause
@@ -143,18 +147,44 @@ _LOST = frozenset({"ActorDiedError", "ActorUnavailableError", "WorkerHealthCheck
 """Errors of Ray that stand for a process that is gone."""
 
 
+def _causes(error: Exception) -> list[BaseException]:
+    """Return what each worker that failed raised, or what an error of Ray itself came from."""
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    return [_cause(failure) for failure in failures.values()]
+
+
 def _cause(error: BaseException) -> BaseException:
     """Return what an error came from, the first of this package if there is one."""
-    while not isinstance(error, OffsiteError) and error.__cause__ is not None:
-        error = error.__cause__
+    while not isinstance(error, OffsiteError):
+        # Ray Train keeps what a worker raised in a frame of its own.
+        inner = getattr(error, "_base_exc", None) or error.__cause__
+        if inner is None:
+            break
+        error = inner
     return error
 
 
 @contextlib.contextmanager
 def following(records: Path, report: Report) -> Iterator[None]:
-    """Report what worker 0 appends to a file, while the block runs and once at its end."""
+    """Report what worker 0 appends to a file, while the block runs and once at its end.
+
+    What cannot be reported is left out: the workers go on, and the first time is said.
+    """
     ended = threading.Event()
     position = 0
+    failed: list[Exception] = []
+
+    def tell(line: bytes) -> None:
+        try:
+            kind, values = json.loads(line)
+        except ValueError:  # half a line, which a killed worker left
+            return
+        try:
+            report(_RECORD_TYPES[kind](**values))
+        except Exception as error:  # a full disk, a service that does not answer
+            failed.append(error)
+            if len(failed) == 1:
+                _LOG.warning("progress cannot be reported: %s", error)
 
     def read() -> None:
         nonlocal position
@@ -166,8 +196,7 @@ def following(records: Path, report: Report) -> Iterator[None]:
                 if not line.endswith(b"\n"):
                     break
                 position += len(line)
-                kind, values = json.loads(line)
-                report(_RECORD_TYPES[kind](**values))
+                tell(line)
 
     def follow() -> None:
         while not ended.wait(_POLL_SECONDS):

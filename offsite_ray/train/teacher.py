@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.cluster import check_room, embedded_ray
+from offsite_ray.cluster import attempt, check_room, count_attempts, done_parts, embedded_ray
 from offsite_ray.distillation.teacher import Teacher
 from offsite_ray.train.run import use_gpu, worker_env
 
@@ -19,14 +20,19 @@ if TYPE_CHECKING:
 class TeacherActor:
     """Computes parts of a cache; Ray Data keeps it alive from part to part."""
 
-    def __init__(self, task: CacheTask, *, gpu: bool) -> None:
-        """Load the teacher."""
-        self._teacher = Teacher(task, gpu=gpu)
+    def __init__(self, task: CacheTask, attempts: Any, *, gpu: bool) -> None:
+        """Load nothing yet: what fails here is not told, and tried again for ever."""
+        self._task, self._attempts, self._gpu = task, attempts, gpu
+        self._teacher: Teacher | None = None
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Write the part that a row names; return the row."""
-        self._teacher.write(int(row["part"]))
-        return row
+    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
+        """Write the part that a row names, with the teacher loaded first."""
+        return attempt(row, self._attempts, self._write)
+
+    def _write(self, part: int) -> int:
+        self._teacher = self._teacher or Teacher(self._task, gpu=self._gpu)
+        self._teacher.write(part)
+        return part
 
 
 def fill_on_ray(
@@ -35,21 +41,26 @@ def fill_on_ray(
     """Write parts of a cache with ``config.num_workers`` actors.
 
     A lost actor's parts are computed again by another; the files are whole or not there.
-    """
-    import ray
 
+    Raises:
+        ConfigError: The cluster cannot hold the actors.
+        OffsiteError: What an actor raised; the same as in this process.
+        ClusterError: Actors were lost, or failed without one of these.
+    """
     with embedded_ray(config.num_workers):
         gpu = use_gpu(config)
         check_room(config.num_workers, gpu=gpu)
-        rows = ray.data.from_items([{"part": part} for part in parts])
-        done = rows.repartition(len(parts)).map(
-            TeacherActor,  # type: ignore[arg-type]  # a class is constructed on each actor
-            fn_constructor_args=(task,),
+        done = done_parts(
+            "filling the teacher cache",
+            {part: task.file(part).name for part in parts},
+            TeacherActor,
+            fn_constructor_args=(task, count_attempts()),
             fn_constructor_kwargs={"gpu": gpu},
             concurrency=min(config.num_workers, len(parts)),
             num_cpus=1,
             num_gpus=1 if gpu else 0,
             runtime_env={"env_vars": worker_env(config.num_workers, gpu=gpu)},
         )
-        for row in done.iter_rows():
-            tell(int(row["part"]))
+        with contextlib.closing(done):
+            for part in done:
+                tell(part)

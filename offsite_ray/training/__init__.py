@@ -9,9 +9,10 @@ from offsite_ray.training.modules import (
     LanguageModelLoss,
     enable_checkpointing,
     keeps_documents_apart,
+    loaded_dtype,
     set_dtypes,
 )
-from offsite_ray.training.progress import run_directory
+from offsite_ray.training.progress import check_out, run_directory
 from offsite_ray.training.protocols import Engine, Fit, TrainingOutcome, TrainingTask
 
 __all__ = [
@@ -24,8 +25,10 @@ __all__ = [
     "TrainingOutcome",
     "TrainingTask",
     "adamw",
+    "check_out",
     "enable_checkpointing",
     "keeps_documents_apart",
+    "loaded_dtype",
     "parameter_groups",
     "run_directory",
     "run_here",

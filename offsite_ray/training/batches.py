@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from offsite_ray.data import IGNORED
 from offsite_ray.training.devices import device_type
+from offsite_ray.training.head import next_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -60,7 +61,7 @@ class _SumCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+        targets = next_tokens(labels).flatten()
         loss = logits.new_zeros((), dtype=torch.float32)
         for piece, wanted in _pieces(logits.flatten(0, 1), targets):
             loss += functional.cross_entropy(

@@ -8,15 +8,15 @@ a process that is killed meanwhile leaves a ``partial-`` directory that nobody r
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import shutil
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.bundle import digest_file
-from offsite_ray.errors import IntegrityError, ResumeError, StorageError
+from offsite_ray.bundle import digest_file, sync, write_json
+from offsite_ray.errors import ResumeError
 from offsite_ray.training.fragments import Fragment, FragmentReader, write_fragments
 
 if TYPE_CHECKING:
@@ -42,18 +42,25 @@ class Checkpoint:
         found: dict[str, Any] = json.loads((self.path / STATE).read_text(encoding="utf-8"))
         return found
 
+    def intact(self, name: str, digest: str) -> bool:
+        """Return whether a file is as it was written."""
+        try:
+            return digest_file(self.path / name) == digest
+        except OSError:
+            return False
+
     def open(self) -> FragmentReader:
-        """Return the fragments, every file verified.
+        """Return the fragments.
 
         Raises:
-            IntegrityError: A file is missing, truncated or altered.
+            IntegrityError: A file is none of safetensors.
         """
-        files = self.state()["files"]
-        for name, digest in files.items():
-            path = self.path / name
-            if not path.is_file() or digest_file(path) != digest:
-                raise IntegrityError(f"{path} is missing or was altered")
-        return FragmentReader([self.path / name for name in sorted(files)])
+        return FragmentReader([self.path / name for name in sorted(self.state()["files"])])
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Return where a checkpoint is published."""
+    return run_dir / f"checkpoint-{step:08}"
 
 
 def checkpoints(run_dir: Path) -> list[Checkpoint]:
@@ -77,9 +84,14 @@ def checkpoints(run_dir: Path) -> list[Checkpoint]:
 
 def superfluous(published: Sequence[Checkpoint], keep_best: int) -> list[Checkpoint]:
     """Return the checkpoints that are neither the last nor among the ``keep_best`` best."""
-    scored = sorted((c for c in published if c.score is not None), key=lambda c: (c.score, -c.step))
-    kept = {c.step for c in (*scored[:keep_best], *published[-1:])}
+    kept = {c.step for c in (*best_first(published)[:keep_best], *published[-1:])}
     return [c for c in published if c.step not in kept]
+
+
+def best_first(published: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Return the checkpoints with a score, the best one first; of equal ones the later."""
+    scored = (c for c in published if c.score is not None)
+    return sorted(scored, key=lambda c: (c.score, -c.step))
 
 
 class CheckpointWriter:
@@ -94,7 +106,7 @@ class CheckpointWriter:
         self._stopped = threading.Event()
         self._written = threading.Event()
         self._written.set()
-        self.error: StorageError | None = None
+        self.error: OSError | None = None
         """Why the last one could not be written."""
         self.published = 0
         """Steps of the last one that this process published; 0: none."""
@@ -131,20 +143,16 @@ class CheckpointWriter:
     def _write(self, step: int, fragments: Sequence[Fragment], state: Mapping[str, Any]) -> None:
         partial = self._run_dir / f"partial-{step:08}"
         try:
-            partial.mkdir(parents=True, exist_ok=True)
+            partial.mkdir(exist_ok=True)
             name = f"worker-{self._rank:05}.safetensors"
             digest = write_fragments(partial / name, fragments)
-            _sync(partial / name)
-            _write_json(partial / f"worker-{self._rank:05}.json", {name: digest})
+            sync(partial / name)
+            write_json(partial / f"worker-{self._rank:05}.json", {name: digest})
             self._written.set()
             if self._rank == 0:
                 self._publish(partial, step, state)
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            self.error = StorageError(
-                f"the checkpoint of step {step} cannot be written to {self._run_dir}: "
-                f"{error.strerror or error}; make room, and go on with --resume"
-            )
+            self.error = error
         finally:
             self._written.set()
 
@@ -152,40 +160,36 @@ class CheckpointWriter:
         markers = [partial / f"worker-{rank:05}.json" for rank in range(self._world_size)]
         while not all(marker.is_file() for marker in markers):
             if self._stopped.wait(_POLL_SECONDS):
-                shutil.rmtree(partial, ignore_errors=True)
                 return
         files: dict[str, str] = {}
         for marker in markers:
             files |= json.loads(marker.read_text(encoding="utf-8"))
             marker.unlink()
-        _write_json(partial / STATE, {**state, "files": files})
-        _sync(partial)
-        partial.rename(self._run_dir / f"checkpoint-{step:08}")
-        _sync(self._run_dir)
+        write_json(partial / STATE, {**state, "files": files})
+        sync(partial)
+        partial.rename(checkpoint_path(self._run_dir, step))
+        sync(self._run_dir)
         self.published = step
-        for old in superfluous(checkpoints(self._run_dir), self._keep_best):
-            shutil.rmtree(old.path, ignore_errors=True)
+
+    def prune(self) -> None:
+        """Remove what is superfluous; the last one is known to be good."""
+        with contextlib.suppress(ResumeError):  # who resumes is told which one is damaged
+            for old in superfluous(checkpoints(self._run_dir), self._keep_best):
+                remove_checkpoint(old.path)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint, if it is there; a process that is killed leaves no half of one.
+
+    One that cannot be removed stays, and does no harm.
+    """
+    partial = path.with_name(f"partial-{path.name}")
+    with contextlib.suppress(OSError):
+        path.rename(partial)
+        shutil.rmtree(partial)
 
 
 def remove_partial(run_dir: Path) -> None:
-    """Remove what a killed process left half written."""
+    """Remove what a killed process left half written, or half removed."""
     for path in run_dir.glob("partial-*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a file that is whole as soon as it is there."""
-    tmp = path.with_suffix(".tmp")
-    with tmp.open("w", encoding="utf-8") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    tmp.replace(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

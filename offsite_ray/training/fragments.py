@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 PARAMETER = "parameter"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What torch's AdamW calls its two running means."""
+KINDS = (PARAMETER, *MOMENTS)
+"""Everything that training goes on from."""
 
 Read = Callable[[str, str, int, int], Tensor]
 """``(kind, name, start, numel) -> (numel,)``: elements of a trained tensor or of a moment."""
@@ -82,7 +84,7 @@ class FragmentReader:
         for begin, end, key in self._places[kind, name]:
             first, last = max(begin, start), min(end, start + numel)
             if first < last:
-                piece = self._files.read(key)[first - begin : last - begin]
+                piece = self._files.view(key)[first - begin : last - begin]
                 result[first - start : last - start] = piece
                 missing -= last - first
         if missing:
@@ -90,5 +92,8 @@ class FragmentReader:
         return result
 
     def whole(self, name: str, shape: Sequence[int]) -> Tensor:
-        """Return a trained tensor."""
+        """Return a trained tensor; one that a worker held whole is mapped, not read."""
+        places = self._places[PARAMETER, name]
+        if [place[:2] for place in places] == [(0, math.prod(shape))]:
+            return self._files.view(places[0][2]).view(list(shape))
         return self.read(PARAMETER, name, 0, math.prod(shape)).view(list(shape))

@@ -47,7 +47,7 @@ def training_loop(
     Goes on from the last checkpoint in ``run_dir``, if there is one.
 
     Raises:
-        DivergedError: The loss is not a number.
+        DivergedError: The loss or the gradient is not a number.
         ResumeError: A checkpoint is of another run, or damaged.
         StorageError: A checkpoint cannot be written.
     """
@@ -78,19 +78,22 @@ def training_loop(
                     progress.add(evaluate_loss(task, engine, config, held_out, done))
                 if plan.checkpoints(done):
                     progress.checkpoint(done, time.perf_counter() - start)
-        progress.finish()
+        progress.settle()
     except DivergedError:  # on every worker at once
-        progress.finish()
+        progress.diverged()
         raise
     except BaseException:
         progress.stop()
         raise
+    step = plan.total_steps
     if config.result == "best":
         best = progress.best(progress.evaluations[-1].losses["loss"])
         if best is not None:
             progress.load(best)
+            step = best.step
     tokens = len(progress.steps) * plan.batch_size * train[0]["input_ids"].numel()
-    return replace(progress.history(time.perf_counter() - start), num_tokens=tokens)
+    history = progress.history(time.perf_counter() - start)
+    return replace(history, num_tokens=tokens, result_step=step)
 
 
 def _num_best(config: TrainingConfig) -> int:
@@ -109,7 +112,7 @@ def train_step(
     """Do one optimizer step over the global batch of ``step``.
 
     Raises:
-        DivergedError: Its loss is not a number; the weights are those before it.
+        DivergedError: Its loss or its gradient is not a number.
         StorageError: A worker could not write its part of a checkpoint meanwhile.
     """
     start = time.perf_counter()
@@ -134,9 +137,12 @@ def train_step(
     if progress is not None and failed:
         progress.raise_failure()
     losses = _mean_losses(task, dict(zip(sums, totals, strict=True)), counts)
-    check_finite(f"the loss of step {step + 1}", losses)
+    check_finite(f"the loss of step {step + 1}", losses["loss"])
     rate = plan.learning_rate(step)
     norm = engine.step(rate)
+    if norm is not None:
+        # Each engine treats such a gradient in its own way; none of them leads on.
+        check_finite(f"the gradient norm of step {step + 1}", norm)
     seconds = time.perf_counter() - start
     num_tokens = plan.batch_size * own[0]["input_ids"].numel()
     return StepRecord(
@@ -179,16 +185,16 @@ def evaluate_loss(
     counts = {"token": max(1.0, totals[0]), "sequence": max(1.0, totals[1])}
     found = dict(zip(names, totals[2:], strict=True))
     losses = _mean_losses(task, found, counts)
-    check_finite("the held-out loss", losses)
+    check_finite("the held-out loss", losses["loss"])
     beside = {n: total / counts["sequence"] for n, total in found.items() if n not in losses}
     return EvalRecord(step=step, losses=losses, diagnostics=beside)
 
 
-def check_finite(what: str, losses: Mapping[str, float]) -> None:
-    """Refuse to go on with a loss that is not a number; raise :class:`DivergedError`."""
-    if not math.isfinite(losses["loss"]):
+def check_finite(what: str, value: float) -> None:
+    """Refuse to go on with what is not a number; raise :class:`DivergedError`."""
+    if not math.isfinite(value):
         raise DivergedError(
-            f"{what} is {losses['loss']}; try a lower --learning-rate (with --resume from the "
+            f"{what} is {value}; try a lower --learning-rate (with --resume from the "
             "last checkpoint, if there is one), or --dtype fp32"
         )
 

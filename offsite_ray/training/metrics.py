@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from offsite_ray.errors import ConfigError, unknown_name
+from offsite_ray.bundle import storage_error
+from offsite_ray.errors import ConfigError, StorageError, unknown_name
 from offsite_ray.results import EvalRecord, Record, RunStart, StepRecord, to_plain
 
 if TYPE_CHECKING:
@@ -65,7 +67,8 @@ class TensorBoard:
         """Go on behind ``first_step``."""
         from tensorboardX import SummaryWriter
 
-        purge = first_step + 1 if first_step else None
+        # From the first step on, also the evaluation before it.
+        purge = first_step + 1 if first_step else 0
         self._writer = SummaryWriter(logdir=str(directory), purge_step=purge)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -126,6 +129,7 @@ def logged(config: TrainingConfig, report: Report) -> Iterator[Report]:
 
     Raises:
         ConfigError: A service is unknown or not installed.
+        StorageError: The log directory cannot be made or written to.
     """
     for name in config.report_to:
         if name not in SERVICES:
@@ -134,14 +138,18 @@ def logged(config: TrainingConfig, report: Report) -> Iterator[Report]:
     files: list[Place] = []
 
     def both(record: Record) -> None:
-        if isinstance(record, RunStart):  # once more for workers that were started again
-            _close(files)
-            files[:] = _files(config.log_dir, record.first_step)
-        else:
-            _write((*services, *files), record)
-        report(record)
+        try:
+            if isinstance(record, RunStart):  # once more for workers that were started again
+                _close(files)
+                files[:] = _files(config.log_dir, record.first_step)
+            else:
+                _write((*services, *files), record)
+        finally:
+            report(record)
 
     try:
+        if config.log_dir is not None:
+            _make_directory(Path(config.log_dir))
         yield both
     finally:
         _close((*services, *files))
@@ -149,7 +157,17 @@ def logged(config: TrainingConfig, report: Report) -> Iterator[Report]:
 
 def _close(places: Sequence[Place]) -> None:
     for place in places:
-        place.close()
+        with contextlib.suppress(OSError):  # what cannot be written was said when it was tried
+            place.close()
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(path, error) from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise StorageError(f"{path} may not be written to; choose another --log-dir")
 
 
 def _service(name: str, settings: Mapping[str, Any]) -> Place:
@@ -163,7 +181,6 @@ def _files(log_dir: str | None, first_step: int) -> Sequence[Place]:
     if log_dir is None:
         return ()
     directory = Path(log_dir)
-    directory.mkdir(parents=True, exist_ok=True)
     return (JsonLines(directory, first_step), TensorBoard(directory, first_step))
 
 

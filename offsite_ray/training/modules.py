@@ -41,6 +41,14 @@ class LanguageModelLoss(torch.nn.Module):
         return {"lm": sum_cross_entropy(logits, labels)}
 
 
+def loaded_dtype(compute: torch.dtype) -> torch.dtype | None:
+    """Return the dtype to load a model in; None: as it is stored.
+
+    Half precision is only for the arithmetic: what trains gets its float32 from what is stored.
+    """
+    return None if compute is torch.bfloat16 else compute
+
+
 def set_dtypes(module: torch.nn.Module, frozen: torch.dtype) -> None:
     """Make what trains float32 and the rest ``frozen``; ZeRO-3 has its own way and is left.
 
@@ -59,7 +67,6 @@ def set_dtypes(module: torch.nn.Module, frozen: torch.dtype) -> None:
 def enable_checkpointing(model: Any) -> None:
     """Recompute activations in the backward pass of a transformers model."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.enable_input_require_grads()
     model.train()  # transformers only recomputes in training mode; there is no dropout to wake
 
 

@@ -8,16 +8,20 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.bundle import made_parent, storage_error
-from offsite_ray.errors import BundleError, ResumeError, StorageError
+from offsite_ray.bundle import MANIFEST, check_free, made_parent, storage_error
+from offsite_ray.errors import BundleError, IntegrityError, ResumeError, StorageError
 from offsite_ray.results import CheckpointRecord, EvalRecord, StepRecord, TrainingHistory, to_plain
 from offsite_ray.training.checkpoints import (
     Checkpoint,
     CheckpointWriter,
+    best_first,
+    checkpoint_path,
     checkpoints,
+    remove_checkpoint,
     remove_partial,
 )
 from offsite_ray.training.devices import peak_memory
@@ -36,6 +40,7 @@ FREE_TO_CHANGE = frozenset(
         "checkpoint_every",
         "compile",
         "dry_run",
+        "gradient_checkpointing",
         "keep_best",
         "log_dir",
         "max_failures",
@@ -55,6 +60,9 @@ FREE_TO_CHANGE = frozenset(
 
 TO_BE_TOLD = ("learning_rate", "max_grad_norm")
 """Settings that a resumed run may change too, e.g. after it diverged; the recipe says so."""
+
+_SEEN_BY_ALL = "seen-by-all"
+"""File by which workers know that they share the run's directory."""
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system answers that has no locks."""
@@ -98,6 +106,7 @@ class Progress:
         self.evaluations: list[EvalRecord] = []
         """Every evaluation so far."""
         self._seconds = 0.0
+        self._peak_memory = 0
 
     def add(self, record: StepRecord | EvalRecord) -> None:
         """Keep a record and report it."""
@@ -108,27 +117,28 @@ class Progress:
         self.tell(record)
         if self._writer.published > self._told:
             self._told = self._writer.published
-            path = self._run_dir / f"checkpoint-{self._told:08}"
+            path = checkpoint_path(self._run_dir, self._told)
             self.tell(CheckpointRecord(step=self._told, path=str(path)))
+            # Only now: a step was done from these weights, so they are good to go on from.
+            self._writer.prune()
 
     def tell(self, record: Record) -> None:
         """Report a record; where it cannot be written, all workers stop at the next step."""
         try:
             self._report(record)
         except OSError as error:
-            self._writer.error = StorageError(
-                f"{error.filename or self._run_dir}: {error.strerror or error}; make room, and go "
-                "on with --resume"
-            )
+            self._writer.error = error
 
     def history(self, seconds: float) -> TrainingHistory:
-        """Return everything so far; ``seconds`` since this process began."""
+        """Return everything so far; ``seconds`` since this process began. All workers call it."""
         return TrainingHistory(
             steps=tuple(self.steps),
             evaluations=tuple(self.evaluations),
             changes=tuple(self._changes),
             seconds=self._seconds + seconds,
-            peak_memory_bytes=peak_memory(self._engine.device),
+            peak_memory_bytes=max(
+                self._peak_memory, *map(int, self._of_each(peak_memory(self._engine.device)))
+            ),
         )
 
     @property
@@ -137,12 +147,21 @@ class Progress:
         return float(self._writer.error is not None)
 
     def raise_failure(self) -> None:
-        """Raise what kept a worker from writing a checkpoint, as :class:`StorageError`."""
+        """Raise what kept a worker from writing, on all of them, as :class:`StorageError`."""
         self._writer.stop()
-        raise self._writer.error or StorageError(
-            f"a worker could not write its part of a checkpoint to {self._run_dir}; make room, "
-            "and go on with --resume"
-        )
+        error = self._writer.error
+        # A barrier too: nobody writes any longer to what is removed.
+        codes = self._of_each(0 if error is None else error.errno or errno.EIO)
+        if self._engine.rank == 0:
+            remove_partial(self._run_dir)
+        place = (error and error.filename) or self._run_dir
+        reason = os.strerror(int(next(filter(None, codes))))
+        raise StorageError(f"{place}: {reason}; make room, and go on with --resume")
+
+    def _of_each(self, value: float) -> list[float]:
+        """Return a value of each worker, in their order."""
+        ranks = range(self._engine.world_size)
+        return self._engine.reduce([value if r == self._engine.rank else 0 for r in ranks])
 
     def checkpoint(self, step: int, seconds: float) -> None:
         """Begin to write a checkpoint, which counts when all of it is there.
@@ -157,20 +176,27 @@ class Progress:
             "identity": self._identity,
             "history": to_plain(self.history(seconds)),
         }
-        self._settle()
+        self.settle()
         self._writer.start(step, self._engine.fragments(), state)
         if not self._engine.copies:
-            self._settle()
+            self.settle()
 
-    def finish(self) -> None:
-        """Wait for the last checkpoint; raise as :meth:`checkpoint` does."""
-        self._settle()
-
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Wait until the last checkpoint is published; raise as :meth:`checkpoint` does."""
         self._writer.wait_written()
         if any(self._engine.reduce([self.failed])):
             self.raise_failure()
         self._writer.join()
+
+    def diverged(self) -> None:
+        """Remove the checkpoint of the weights that the last step left, if there is one.
+
+        They give no loss that is a number, whatever the learning rate; those before them may.
+        """
+        self.settle()
+        if self._engine.rank == 0:
+            remove_checkpoint(checkpoint_path(self._run_dir, len(self.steps)))
+        self._engine.reduce([0.0])  # a barrier: a worker that ends may take the others with it
 
     def stop(self) -> None:
         """Wait for what this process is writing; other workers may be gone."""
@@ -181,10 +207,11 @@ class Progress:
 
         Raises:
             ResumeError: It is of another run, or damaged.
+            StorageError: The workers do not share the run's directory.
         """
         if self._engine.rank == 0:
             remove_partial(self._run_dir)
-        self._engine.reduce([0.0])  # a barrier: nothing is removed later
+        self._check_shared()  # a barrier too: nothing is removed later
         found = checkpoints(self._run_dir)
         if not found:
             return 0
@@ -202,13 +229,35 @@ class Progress:
         if before != now:
             self._changes.append({"from_step": found[-1].step, **now})
         self._seconds = history.seconds or 0.0
+        self._peak_memory = history.peak_memory_bytes or 0
         self._told = self._writer.published = found[-1].step
         return found[-1].step
 
+    def _check_shared(self) -> None:
+        """Refuse a directory of which each node has its own, where workers would wait for ever."""
+        if self._engine.world_size == 1:
+            return
+        file = self._run_dir / _SEEN_BY_ALL
+        number = 0
+        if self._engine.rank == 0:
+            number = secrets.randbits(32)
+            try:
+                file.write_text(str(number), encoding="utf-8")
+            except OSError as error:
+                self._writer.error = error
+        number, failed = map(int, self._engine.reduce([number, self.failed]))
+        if failed:
+            self.raise_failure()
+        seen = file.is_file() and file.read_text(encoding="utf-8") == str(number)
+        if any(self._engine.reduce([float(not seen)])):
+            raise StorageError(
+                f"not every node sees {self._run_dir}; put --out on storage that all nodes share"
+            )
+
     def best(self, last_loss: float) -> Checkpoint | None:
         """Return the checkpoint with the lowest held-out loss, if it is below ``last_loss``."""
-        scored = [c for c in checkpoints(self._run_dir) if c.score is not None]
-        best = min(scored, key=lambda c: (c.score, -c.step), default=None)
+        self._engine.reduce([0.0])  # a barrier: worker 0 has published the last one
+        best = next(iter(best_first(checkpoints(self._run_dir))), None)
         return best if best is not None and (best.score or 0.0) < last_loss else None
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -218,12 +267,26 @@ class Progress:
             ResumeError: The checkpoint is damaged.
         """
         try:
+            if broken := self._broken(checkpoint):
+                raise IntegrityError(f"{broken[0]} is missing or was altered")
             self._engine.restore(checkpoint.open().read, checkpoint.step)
         except (OSError, BundleError) as error:
             raise ResumeError(
                 f"{checkpoint.path} is damaged: {error}; remove it, and --resume goes on from the "
                 "one before, or from the beginning"
             ) from error
+
+    def _broken(self, checkpoint: Checkpoint) -> list[str]:
+        """Return the files that are not as they were written; each worker reads its share."""
+        files = sorted(checkpoint.state()["files"].items())
+        rank, world_size = self._engine.rank, self._engine.world_size
+        found = [
+            float(place % world_size == rank and not checkpoint.intact(*file))
+            for place, file in enumerate(files)
+        ]
+        return [
+            name for (name, _), bad in zip(files, self._engine.reduce(found), strict=True) if bad
+        ]
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
@@ -238,6 +301,29 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     return None
 
 
+def check_out(out: Path, resume: bool) -> None:
+    """Refuse a path that is taken, before any work is done for it.
+
+    Raises:
+        StorageError: It is; where it holds the result of the run that is to go on, nothing else of
+            that run stays.
+    """
+    if resume and any((out / name).is_file() for name in (MANIFEST, "config.json")):
+        run_dir = _run_dir(out)
+        if run_dir.is_dir():
+            with _alone(run_dir, out):
+                shutil.rmtree(run_dir, ignore_errors=True)
+        raise StorageError(
+            f"{out} is finished, so there is nothing to resume; choose another --out, or remove it "
+            "to run anew"
+        )
+    check_free(out)
+
+
+def _run_dir(out: Path) -> Path:
+    return out.parent / f".{out.name}.run"
+
+
 @contextlib.contextmanager
 def run_directory(out: Path, resume: bool) -> Iterator[Path]:
     """Yield where a run keeps its data and checkpoints, beside its result.
@@ -248,7 +334,7 @@ def run_directory(out: Path, resume: bool) -> Iterator[Path]:
         StorageError: One is left by a run that was stopped, and ``resume`` is not asked for; or
             another run is at work in it.
     """
-    run_dir = out.parent / f".{out.name}.run"
+    run_dir = _run_dir(out)
     with made_parent(run_dir):
         try:
             run_dir.mkdir(exist_ok=True)
