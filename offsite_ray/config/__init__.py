@@ -14,6 +14,7 @@ from offsite_ray.config.artefacts import (
     VerifyConfig,
 )
 from offsite_ray.config.measuring import EstimateConfig, EvaluateConfig
+from offsite_ray.config.sweeping import OBJECTIVES, SweepConfig
 from offsite_ray.config.training import (
     OFFLOAD_STAGES,
     ComputeDtype,
@@ -24,6 +25,7 @@ from offsite_ray.config.training import (
 )
 
 __all__ = [
+    "OBJECTIVES",
     "OFFLOAD_STAGES",
     "CompressConfig",
     "ComputeDtype",
@@ -36,6 +38,7 @@ __all__ = [
     "Offload",
     "PlugInConfig",
     "PrepareConfig",
+    "SweepConfig",
     "TrainingConfig",
     "VerifyConfig",
 ]
