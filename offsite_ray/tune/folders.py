@@ -146,7 +146,7 @@ def alone(lock: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold a lock, which goes with the process however it ends.
 
     Args:
-        lock: File to hold it by; it stays.
+        lock: File to hold it by; it stays, and names the process that held it last.
         wait: Whether to wait for whoever holds it.
 
     Raises:
@@ -165,6 +165,8 @@ def alone(lock: Path, *, wait: bool = True) -> Iterator[None]:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise storage_error(lock, error) from error
+        os.truncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
         yield
     finally:
         os.close(descriptor)
