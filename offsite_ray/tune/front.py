@@ -115,3 +115,48 @@ def chosen(
 def _only(point: Summary, objectives: Sequence[str]) -> float | None:
     found = scores(point.mean, objectives)
     return None if found is None else found[0]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Distilled:
+    """Both gaps of an emulator size after some steps of distillation: one setting of the knob."""
+
+    point: str
+    num_emulator_blocks: int
+    distill_steps: int
+    plan: str
+    select: str
+    compress: str
+    utility_gap: float | None
+    """To full fine-tuning; mean over the seeds, as are the others."""
+    bound_gap: float | None
+    """To the bound."""
+    privacy_gap: float | None
+    worth: float | None
+    """For the privacy weight of the sweep."""
+
+
+def how_much_to_distil(points: Sequence[Summary], privacy_weight: float) -> list[Distilled]:
+    """Return both gaps over emulator size and steps of distillation, in this order."""
+    found = [
+        Distilled(
+            point=point.point,
+            num_emulator_blocks=int(point.row["num_emulator_blocks"]),
+            distill_steps=int(point.row["distill_steps"] or 0),
+            plan=point.row["plan"],
+            select=point.row["select"],
+            compress=point.row["compress"],
+            utility_gap=point.mean["utility_gap"],
+            bound_gap=point.mean["bound_gap"],
+            privacy_gap=point.mean["privacy_gap"],
+            worth=worth(point.mean, privacy_weight),
+        )
+        for point in points
+    ]
+    return sorted(found, key=lambda row: (row.num_emulator_blocks, row.distill_steps))
+
+
+def most_worth(rows: Sequence[Distilled]) -> Distilled | None:
+    """Return the setting of the knob that is worth most for the given weight."""
+    rated = [(row.worth, row) for row in rows if row.worth is not None]
+    return max(rated, key=lambda pair: pair[0])[1] if rated else None

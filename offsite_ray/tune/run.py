@@ -25,7 +25,13 @@ from offsite_ray.tune.folders import (
     read_record,
     write_json,
 )
-from offsite_ray.tune.front import chosen, front, scores
+from offsite_ray.tune.front import (
+    chosen,
+    front,
+    how_much_to_distil,
+    most_worth,
+    scores,
+)
 from offsite_ray.tune.halving import Halving
 from offsite_ray.tune.plan import Planner
 from offsite_ray.tune.presets import PRESETS
@@ -42,6 +48,7 @@ if TYPE_CHECKING:
     from offsite_ray.architectures import Notice
     from offsite_ray.config import SweepConfig
     from offsite_ray.tune.attempts import Watch
+    from offsite_ray.tune.front import Distilled
     from offsite_ray.tune.plan import Job
     from offsite_ray.tune.search import Source
     from offsite_ray.tune.space import Point, Variant
@@ -82,6 +89,10 @@ class SweepResult:
     bound_gap: float | None
     """Of the winner, to the bound."""
     privacy_gap: float | None
+    distillation: tuple[Distilled, ...]
+    """Both gaps over emulator size and steps of distillation."""
+    distil: str | None
+    """The setting of it that is worth most for the privacy weight, in words."""
     seconds: float
 
 
@@ -305,6 +316,8 @@ def finish(planned: Sweep, seconds: float) -> SweepResult:
     write_page(folders.report, planned, rows, points, best, winner)
     statuses = [record["status"] for record in records]
     mean = winner.mean if winner is not None else {}
+    knob = how_much_to_distil(points, config.privacy_weight)
+    best_knob = most_worth(knob)
     plug_in = mean.get("plug_in_nats")
     return SweepResult(
         out=str(folders.root),
@@ -320,6 +333,8 @@ def finish(planned: Sweep, seconds: float) -> SweepResult:
         utility_gap=mean.get("utility_gap"),
         bound_gap=mean.get("bound_gap"),
         privacy_gap=mean.get("privacy_gap"),
+        distillation=tuple(knob),
+        distil=None if best_knob is None else knob_in_words(best_knob),
         seconds=seconds,
     )
 
@@ -336,3 +351,12 @@ def in_words(row: Row) -> str:
         None if row["learning_rate"] is None else f"lr {row['learning_rate']:g}",
     ]
     return ", ".join(str(part) for part in parts if part)
+
+
+def knob_in_words(row: Distilled) -> str:
+    """Return how much is distilled at a setting of the knob, and what it costs and protects."""
+    utility = row.utility_gap if row.bound_gap is None else row.bound_gap
+    return (
+        f"{row.distill_steps} steps of {row.num_emulator_blocks} emulator blocks ({row.select}): "
+        f"utility gap {utility:.3f}, privacy gap {row.privacy_gap:.3f}"
+    )
