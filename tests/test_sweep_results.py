@@ -36,7 +36,7 @@ def a_row(point: str, seed: int = 0, **values: Any) -> dict[str, Any]:
         "id": f"emulator-{point}-seed{seed}", "point": point, "role": "emulator",
         "status": "finished", "seed": seed, "plan": "2-4-2", "select": "uniform",
         "compress": "none", "distill_steps": 0, "num_emulator_blocks": 4, "bundle_bytes": 100,
-        "method": "full",
+        "method": "full", "num_blocks": 8, "date": "2025-01-31T12:00:00Z",
     }  # fmt: skip
     return {**row, **values}
 

@@ -313,7 +313,7 @@ def finish(planned: Sweep, seconds: float) -> SweepResult:
         prune_bundles(folders, best)
     if winner is not None:
         write_winner(folders, winner, config, planned.shared)
-    write_page(folders.report, planned, rows, points, best, winner)
+    write_page(folders.report, config, rows, points, best, winner)
     statuses = [record["status"] for record in records]
     mean = winner.mean if winner is not None else {}
     knob = how_much_to_distil(points, config.privacy_weight)

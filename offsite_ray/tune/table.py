@@ -50,6 +50,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "distill_steps": _WHOLE,
     "method": _TEXT,
     "learning_rate": _NUMBER,
+    "num_blocks": _WHOLE,
     "num_adapter_blocks": _WHOLE,
     "num_emulator_blocks": _WHOLE,
     "adapter_blocks": _TEXT,
@@ -165,7 +166,10 @@ def _row(record: Record, known: Mapping[str, Record], planner: Planner) -> Row:
         "num_emulator_blocks": len(found["emulator"]) if "emulator" in found else None,
         "adapter_blocks": _joined(found.get("adapter")),
         "emulator_blocks": _joined(found.get("emulator")),
-        **{n: found.get(n) for n in ("bundle_bytes", "full_model_bytes", "num_trained")},
+        **{
+            n: found.get(n)
+            for n in ("num_blocks", "bundle_bytes", "full_model_bytes", "num_trained")
+        },
         **_measures(measured),
         "gap_metric": record.get("gap_metric"),
         "distill_loss": course[-1][1].get("loss") if course else None,
