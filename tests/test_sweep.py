@@ -283,6 +283,32 @@ def test_a_sweep_is_alone_in_its_directory(loop: Loop, tmp_path: Path) -> None:
         run(a_config(loop, tmp_path / "out"))
 
 
+def test_optuna_asks_for_points_and_again_for_the_same(loop: Loop, tmp_path: Path) -> None:
+    pytest.importorskip("optuna", reason="optuna is not installed")
+    space = {
+        "compress": {"plan": ["1-1-1", "1-2-1", "1-3-1"]},
+        "finetune": {
+            **SPACE["finetune"],
+            "learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
+        },
+    }
+    config = a_config(
+        loop, tmp_path / "out", space=space, search="optuna", num_points=3,
+        objectives=("plug_in", "bytes"), baseline={"learning_rate": 1e-3},
+    )  # fmt: skip
+    result, seen = run(config)
+    rows = [r for r in table(result) if r["role"] == "emulator" and r["control"] != "tail"]
+    rates = {r["learning_rate"] for r in rows}
+    assert len(rates) == 3
+    assert all(1e-4 <= rate <= 1e-2 for rate in rates)
+    again, seen = run(config)
+    assert seen.begun == []
+    assert table(again) == table(result)
+    more, seen = run(dataclasses.replace(config, num_points=4))
+    new = {r["learning_rate"] for r in table(more) if r["role"] == "emulator"} - rates
+    assert len(new) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -195,7 +195,9 @@ def _mean_of(rows: Iterable[Row], role: str, setting: str) -> float | None:
 def _facts(config: SweepConfig, rows: Sequence[Row], points: Sequence[Summary]) -> dict[str, str]:
     statuses = [row["status"] for row in rows]
     counted = ", ".join(f"{statuses.count(s)} {s}" for s in dict.fromkeys(statuses))
-    versions = next((json.loads(row["versions"]) for row in rows if row["versions"]), {})
+    versions: dict[str, str] = next(
+        (json.loads(row["versions"]) for row in rows if row["versions"]), {}
+    )
     found = {
         "Model": config.model,
         "Jobs": f"{len(rows)}: {counted}" if rows else "none",

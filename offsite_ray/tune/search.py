@@ -108,11 +108,12 @@ class Suggested:
         self._given: set[str] = set(known)
         self._queue: deque[Job] = deque()
         self._open: list[_Asked] = []
-        sampler = self._optuna.samplers.TPESampler(seed=seed)
-        self._study = self._optuna.create_study(directions=list(directions), sampler=sampler)
         self._memory, self._asked = memory, list[dict[str, Any]]()
         remembered = json.loads(memory.read_text("utf-8")) if memory.is_file() else []
         self._num_remembered = len(remembered)
+        # What is remembered takes no draw, so the same seed would draw the same points again.
+        sampler = self._optuna.samplers.TPESampler(seed=seed + len(remembered))
+        self._study = self._optuna.create_study(directions=list(directions), sampler=sampler)
         for parameters in remembered:
             self._study.enqueue_trial(parameters)
 
