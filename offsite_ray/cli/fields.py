@@ -9,6 +9,7 @@ import functools
 import inspect
 import sys
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union
@@ -23,7 +24,7 @@ class Field:
 
     name: str
     kind: type
-    """``str``, ``int``, ``float``, ``bool``, or ``tuple`` for several texts."""
+    """``str``, ``int``, ``float``, ``bool``, ``tuple`` (several texts) or ``dict`` (a mapping)."""
     choices: tuple[str, ...] = ()
     """The texts that are allowed; empty: any."""
     optional: bool = False
@@ -73,6 +74,8 @@ def _kind(hint: Any) -> tuple[type, tuple[str, ...], bool]:
     if typing.get_origin(hint) is Literal:
         return str, typing.get_args(hint), False
     kind = typing.get_origin(hint) or hint
+    if kind is Mapping:
+        return dict, (), False
     if kind not in (str, int, float, bool, tuple):
         raise TypeError(f"no flag can be made of a field of type {hint}")
     return kind, (), False

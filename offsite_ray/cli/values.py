@@ -21,6 +21,7 @@ _ALLOWED: dict[type, str] = {
     float: "a finite number",
     bool: "true or false",
     tuple: "a text or a list of texts",
+    dict: "keys with values",
 }
 
 
@@ -36,6 +37,8 @@ def from_flag(field: Field, given: Any) -> Any:
     """
     if field.kind in (int, float):
         return _number(field, given, field.flag)
+    if field.kind is dict:
+        return from_yaml(field, _mapping(given), field.flag)
     return from_yaml(field, given, field.flag)
 
 
@@ -58,9 +61,21 @@ def from_yaml(field: Field, value: Any, name: str) -> Any:
         return _number(field, value, name)
     if field.kind is str:
         return _text(field, value, name)
+    if field.kind is dict and isinstance(value, dict):
+        return value
     if field.kind is tuple and isinstance(value, str | list | tuple):
         return _texts(field, [value] if isinstance(value, str) else value, name)
     raise _refusal(field, value, name)
+
+
+def _mapping(given: str) -> Any:
+    """Return what YAML makes of the text of a flag; the text itself where it is none."""
+    import yaml
+
+    try:
+        return yaml.safe_load(given)
+    except yaml.YAMLError:
+        return given
 
 
 def _number(field: Field, value: Any, name: str) -> int | float:

@@ -121,6 +121,15 @@ def _evaluate(config: configs.EvaluateConfig) -> Outcome:
     return Outcome(plain=result.to_json(), table=terminal_table(result))
 
 
+def _sweep(config: configs.SweepConfig) -> Outcome:
+    from offsite_ray.cli.sweeping import sweep_progress
+    from offsite_ray.tune import sweep
+
+    with sweep_progress() as watching:
+        result = sweep(config, tell, watching)
+    return Outcome(plain=to_plain(result))
+
+
 def _estimate(config: configs.EstimateConfig) -> Outcome:
     from offsite_ray.estimate import estimate, estimate_tables
 
@@ -193,6 +202,12 @@ VERBS: dict[str, Verb] = {
             configs.EvaluateConfig,
             "measure the five settings, the bound and the gaps",
             _evaluate,
+        ),
+        Verb(
+            "sweep",
+            configs.SweepConfig,
+            "try many emulators beside their controls, on Ray Tune",
+            _sweep,
         ),
         Verb(
             "estimate",

@@ -15,6 +15,7 @@ from offsite_ray.config.artefacts import (
     VerifyConfig,
 )
 from offsite_ray.config.measuring import EstimateConfig, EvaluateConfig
+from offsite_ray.config.sweeping import OBJECTIVES, SweepConfig
 from offsite_ray.config.training import (
     OFFLOAD_STAGES,
     ComputeDtype,
@@ -25,6 +26,7 @@ from offsite_ray.config.training import (
 )
 
 __all__ = [
+    "OBJECTIVES",
     "OFFLOAD_STAGES",
     "CompressConfig",
     "ComputeDtype",
@@ -37,6 +39,7 @@ __all__ = [
     "Offload",
     "PlugInConfig",
     "PrepareConfig",
+    "SweepConfig",
     "TrainingConfig",
     "UnpackConfig",
     "VerifyConfig",

@@ -18,7 +18,7 @@ from offsite_ray.results import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 _PACKAGES = ("torch", "transformers", "lm_eval")
 
@@ -87,13 +87,14 @@ def _main_score(metrics: Mapping[str, float]) -> float | None:
 
 
 def _mean_scores(settings: Mapping[str, SettingResult]) -> dict[str, float]:
-    means = {}
-    for name, setting in settings.items():
-        found = map(_main_score, setting.tasks.values())
-        scores = [score for score in found if score is not None]
-        if scores:
-            means[name] = sum(scores) / len(scores)
-    return means
+    means = {name: mean_score(setting.tasks.values()) for name, setting in settings.items()}
+    return {name: mean for name, mean in means.items() if mean is not None}
+
+
+def mean_score(tasks: Iterable[Mapping[str, float]]) -> float | None:
+    """Return the mean of the tasks' main scores; None where none has one."""
+    scores = [score for score in map(_main_score, tasks) if score is not None]
+    return sum(scores) / len(scores) if scores else None
 
 
 def _versions() -> dict[str, str]:

@@ -38,7 +38,7 @@ from offsite_ray.plug_in import applied
 from offsite_ray.results import SETTINGS, EvaluationResult, SettingResult, to_plain
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -87,13 +87,16 @@ class Yardstick:
 
 
 def evaluate(
-    config: EvaluateConfig, progress: Callable[[str], None] | None = None
+    config: EvaluateConfig,
+    progress: Callable[[str], None] | None = None,
+    settings: Collection[str] = SETTINGS,
 ) -> EvaluationResult:
     """Measure every setting whose artefact is given.
 
     Args:
         config: Artefacts, texts and tasks.
         progress: Told in one line what was measured.
+        settings: Settings to measure; others are left out, whatever is given.
 
     Raises:
         OffsiteError: An artefact does not belong to the full model, a text cannot be read, or the
@@ -103,13 +106,15 @@ def evaluate(
     _check_outputs(config)
     artefacts = open_artefacts(config)
     yardstick = _yardstick(config, artefacts.full)
-    settings: dict[str, SettingResult] = {}
+    measured: dict[str, SettingResult] = {}
     for name, model in models(artefacts, DTYPES[config.dtype]):
-        settings[name] = yardstick.measure(model)
+        if name not in settings:
+            continue
+        measured[name] = yardstick.measure(model)
         if progress is not None:
-            progress(_line(name, settings[name]))
+            progress(_line(name, measured[name]))
     result = compare(
-        settings,
+        measured,
         recipe={**to_plain(config), "seq_len": yardstick.seq_len},
         seconds=time.perf_counter() - start,
     )

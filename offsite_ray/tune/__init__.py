@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sweeps: many emulators tried beside their controls, and the ones worth having.
+
+What is run is planned with plain values, a job is run by the functions behind the verbs, and only
+``on_ray`` knows Ray Tune.
+"""
+
+from offsite_ray.tune.run import Sweep, SweepResult, plan_sweep, sweep
+
+__all__ = ["Sweep", "SweepResult", "plan_sweep", "sweep"]

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The directory of a sweep: where each job lies, its record, and the locks that guard both.
+
+A job's record is a file of its own, written at once or not at all, so what is finished is known
+whatever happened to the process that ran the sweep.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from offsite_ray.bundle import atomic_file, storage_error
+from offsite_ray.errors import StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
+"""What became of a job: measured; stopped early; failed as often as it was tried."""
+
+Record = dict[str, Any]
+"""What is known of a job that has come to an end: plain values, as JSON holds them."""
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What a file system answers that has no locks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Folders:
+    """Where things lie below the directory of a sweep."""
+
+    root: Path
+
+    @property
+    def trials(self) -> Path:
+        """A folder for each job."""
+        return self.root / "trials"
+
+    @property
+    def shared(self) -> Path:
+        """What every job reads: prepared data."""
+        return self.root / "shared"
+
+    @property
+    def settings(self) -> Path:
+        """What the sweep was started with, as JSON."""
+        return self.root / "sweep.json"
+
+    @property
+    def rungs(self) -> Path:
+        """Losses at the steps at which distillations are compared."""
+        return self.root / "rungs"
+
+    @property
+    def ray(self) -> Path:
+        """What Ray Tune keeps; nothing is read back from it."""
+        return self.root / ".ray"
+
+    @property
+    def table(self) -> Path:
+        """The results, a row a job."""
+        return self.root / "results.parquet"
+
+    @property
+    def winner(self) -> Path:
+        """The bundle that won, and its recipe."""
+        return self.root / "winner"
+
+    @property
+    def report(self) -> Path:
+        """The page."""
+        return self.root / "report.html"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's files, a run a job."""
+        return self.root / "tensorboard"
+
+    def of(self, job: str) -> Path:
+        """Return the folder of a job."""
+        return self.trials / job
+
+    def record_file(self, job: str) -> Path:
+        """Return the file that a finished job has."""
+        return self.of(job) / "result.json"
+
+    def record(self, job: str) -> Record | None:
+        """Return the record of a job; None where it has come to no end."""
+        return read_record(self.record_file(job))
+
+    def write_record(self, job: str, record: Record) -> None:
+        """Write the record of a job; from then on it is not run again."""
+        write_json(self.record_file(job), record)
+
+    def records(self) -> list[Record]:
+        """Return every record, by the name of its job."""
+        found = (read_record(path) for path in sorted(self.trials.glob("*/result.json")))
+        return [record for record in found if record is not None]
+
+
+def read_record(path: Path) -> Record | None:
+    """Return a record; None where there is none.
+
+    Raises:
+        StorageError: It is damaged.
+    """
+    try:
+        record: Record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path} cannot be read: {error}; remove it to run it again") from error
+    return record
+
+
+def write_json(path: Path, plain: Any) -> None:
+    """Write a file of JSON, whole or not at all."""
+    with atomic_file(path) as tmp:
+        tmp.write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def once(path: Path, make: Callable[[Path], object]) -> Path:
+    """Return a path that is made if it is not there, by one process at a time.
+
+    Args:
+        path: What is wanted.
+        make: Makes it, whole or not at all.
+    """
+    if not path.exists():
+        with alone(path.with_name(f".{path.name}.lock")):
+            if not path.exists():
+                make(path)
+    return path
+
+
+@contextlib.contextmanager
+def alone(lock: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a lock, which goes with the process however it ends.
+
+    Args:
+        lock: File to hold it by; it stays, and names the process that held it last.
+        wait: Whether to wait for whoever holds it.
+
+    Raises:
+        StorageError: Someone else holds it, and waiting is not wanted.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise StorageError(
+                f"another sweep is at work in {lock.parent}; wait for its end, or choose another "
+                "--out"
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise storage_error(lock, error) from error
+        os.truncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove(*paths: Path) -> None:
+    """Remove directories and the runs beside them, as far as they are there."""
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path.parent / f".{path.name}.run", ignore_errors=True)

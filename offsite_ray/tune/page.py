@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of a sweep: one page that stands alone, with plots to point at.
+
+The numbers are in the page as JSON; its script draws them, so that plots, table and the weight of
+privacy can be moved together. Without a script the page still has its table.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import TYPE_CHECKING, Any
+
+from offsite_ray.bundle import atomic_file
+from offsite_ray.results import SETTINGS
+from offsite_ray.tune.folders import FAILED
+from offsite_ray.tune.front import OBJECTIVES
+from offsite_ray.tune.plan import Job
+from offsite_ray.tune.recipe import label_of
+from offsite_ray.tune.table import GAPS, Row, Summary, quality
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from offsite_ray.config import SweepConfig
+
+_SHOWN = ("plug_in", "emulator_fine_tuned", "emulator_zero_shot", "bound", *GAPS)
+"""Numbers of a point that the page has, with their spread."""
+
+
+def write_page(
+    path: Path,
+    config: SweepConfig,
+    rows: Sequence[Row],
+    points: Sequence[Summary],
+    best: Sequence[Summary],
+    winner: Summary | None,
+) -> None:
+    """Write the page, whole or not at all."""
+    from markupsafe import Markup
+
+    data = page_data(config, rows, points, best, winner)
+    # "<" cannot stand in a script: it might end it.
+    embedded = Markup(json.dumps(data, allow_nan=False).replace("<", "\\u003c"))
+    page = _template().render(
+        title=data["title"],
+        sentence=sentence(winner, points, config),
+        data=data,
+        embedded=embedded,
+        script=Markup(_file("page.js")),
+        failures=[row for row in rows if row["status"] == FAILED],
+        facts=_facts(config, rows, points),
+    )
+    with atomic_file(path) as tmp:
+        tmp.write_text(page, encoding="utf-8")
+
+
+def page_data(
+    config: SweepConfig,
+    rows: Sequence[Row],
+    points: Sequence[Summary],
+    best: Sequence[Summary],
+    winner: Summary | None,
+) -> dict[str, Any]:
+    """Return what the page draws, as plain values that JSON holds."""
+    from pathlib import Path
+
+    nats = any(row["plug_in_nats"] is not None for row in rows)
+    front = {point.point for point in best}
+    return {
+        "title": f"Sweep of {Path(config.model).resolve().name}",
+        "unit": "nats per token" if nats else "mean task score",
+        "lower": nats,
+        "weight": config.privacy_weight,
+        "objectives": [OBJECTIVES[name].label for name in config.objectives],
+        "winner": None if winner is None else winner.point,
+        "points": [_point(point, nats=nats, on_front=point.point in front) for point in points],
+        "placements": _placements(rows, nats=nats),
+        "yardsticks": {
+            "full_zero_shot": _mean_of(rows, "full", "full_zero_shot"),
+            "full_fine_tuned": _mean_of(rows, "fine_tuned", "full_fine_tuned"),
+        },
+    }
+
+
+def sentence(winner: Summary | None, points: Sequence[Summary], config: SweepConfig) -> str:
+    """Return the result in one sentence."""
+    if winner is None:
+        return "No emulator was measured beside what it must be judged against."
+    mean, row = winner.mean, winner.row
+    distilled = f"distilled for {row['distill_steps']} steps" if row["distill_steps"] else "as cut"
+    found = f"Of {len(points)} emulators, {row['plan']} ({row['select']}, {distilled}) is chosen"
+    parts = [
+        _told("utility gap to the bound", mean["bound_gap"], winner.spread["bound_gap"]),
+        _told("utility gap to full fine-tuning", mean["utility_gap"], winner.spread["utility_gap"]),
+        _told("privacy gap", mean["privacy_gap"], winner.spread["privacy_gap"]),
+    ]
+    said = ", ".join(filter(None, parts))
+    weight = f" for a privacy weight of {config.privacy_weight:g}"
+    return f"{found}{weight if len(config.objectives) > 1 else ''}: {said}."
+
+
+def _told(name: str, mean: float | None, spread: float | None) -> str:
+    if mean is None:
+        return ""
+    return f"{name} {mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+
+
+def _point(point: Summary, *, nats: bool, on_front: bool) -> dict[str, Any]:
+    row = point.row
+    settings = json.loads(row["settings"]) if row["settings"] else {}
+    unit = "nats" if nats else "score"
+    numbers = {}
+    for name in _SHOWN:
+        column = name if name in GAPS else f"{name}_{unit}"
+        numbers[name] = [point.mean[column], point.spread[column]]
+    return {
+        "id": point.point,
+        "plan": row["plan"],
+        "select": row["select"],
+        "compress": row["compress"],
+        "method": row["method"],
+        "control": row["control"],
+        "learning_rate": row["learning_rate"],
+        "steps": row["distill_steps"] or 0,
+        "placement": placement(row),
+        "adapter_blocks": row["num_adapter_blocks"],
+        "emulator_blocks": row["num_emulator_blocks"],
+        "share": _share(row),
+        "bytes": row["bundle_bytes"],
+        "seconds": point.mean["seconds"],
+        "seeds": len(point.seeds),
+        "front": on_front,
+        "other": other_settings(settings),
+        **numbers,
+    }
+
+
+def _share(row: Mapping[str, Any]) -> float | None:
+    if not row["bundle_bytes"] or not row["full_model_bytes"]:
+        return None
+    return float(row["bundle_bytes"] / row["full_model_bytes"])
+
+
+def other_settings(settings: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the settings that have no column of their own, in a line."""
+    shown = {"plan", "select", "compress", "method", "learning_rate", "max_steps"}
+    parts = [
+        f"{stage}.{name}={value}"
+        for stage, fields in settings.items()
+        for name, value in fields.items()
+        if name not in shown or (stage == "distill" and name == "learning_rate")
+    ]
+    return ", ".join(parts)
+
+
+def placement(row: Mapping[str, Any]) -> str:
+    """Return where the adapter blocks are: bottom, top, both ends, or spread over the depth."""
+    if not row["adapter_blocks"]:
+        return "unknown"
+    indices = [int(index) for index in row["adapter_blocks"].split(",")]
+    gaps = sum(b - a > 1 for a, b in itertools.pairwise(indices))
+    bottom, top = indices[0] == 0, indices[-1] == row["num_blocks"] - 1
+    if gaps == 0:
+        return "bottom" if bottom else "top" if top else "middle"
+    return "both ends" if gaps == 1 and bottom and top else "spread"
+
+
+def _placements(rows: Iterable[Row], *, nats: bool) -> list[dict[str, Any]]:
+    """Return the bound of every placement, mean over its seeds: Figure 3 of the paper."""
+    unit = "nats" if nats else "score"
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["role"] == "bound" and row[f"bound_{unit}"] is not None:
+            groups.setdefault(row["point"], []).append(row)
+    return [
+        {
+            "placement": placement(found[0]),
+            "adapter_blocks": found[0]["num_adapter_blocks"],
+            "blocks": found[0]["adapter_blocks"],
+            "method": found[0]["method"],
+            "value": sum(row[f"bound_{unit}"] for row in found) / len(found),
+        }
+        for found in groups.values()
+    ]
+
+
+def _mean_of(rows: Iterable[Row], role: str, setting: str) -> float | None:
+    values = [quality(row, setting) for row in rows if row["role"] == role]
+    known = [abs(value) for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _facts(config: SweepConfig, rows: Sequence[Row], points: Sequence[Summary]) -> dict[str, str]:
+    statuses = [row["status"] for row in rows]
+    counted = ", ".join(f"{statuses.count(s)} {s}" for s in dict.fromkeys(statuses))
+    versions: dict[str, str] = next(
+        (json.loads(row["versions"]) for row in rows if row["versions"]), {}
+    )
+    found = {
+        "Model": config.model,
+        "Jobs": f"{len(rows)}: {counted}" if rows else "none",
+        "Emulators": f"{len(points)}, {config.seeds} seed{'s' * (config.seeds > 1)} each",
+        "Search": config.search + (f", preset {config.preset}" if config.preset else ""),
+        "Measured on": ", ".join((*config.text, *config.tasks)),
+        "Sequences": f"{config.seq_len} tokens, {config.dtype}",
+        "Objectives": ", ".join(config.objectives),
+        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "Last result": max((str(row["date"]) for row in rows), default=""),
+    }
+    return {name: text for name, text in found.items() if text}
+
+
+def _template() -> Any:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"pair": _pair, "label": _job_label}
+    environment.globals["settings"] = SETTINGS
+    return environment.from_string(_file("page.html"))
+
+
+def _pair(numbers: Sequence[float | None]) -> str:
+    mean, spread = numbers
+    if mean is None:
+        return "\N{EN DASH}"
+    return f"{mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+
+
+def _job_label(row: Row) -> str:
+    job = {"role": row["role"], "seed": row["seed"], "control": row["control"]}
+    return label_of(Job.from_plain({**job, "settings": json.loads(row["settings"])}))
+
+
+def _file(name: str) -> str:
+    from importlib.resources import files
+
+    return files("offsite_ray.tune").joinpath(name).read_text(encoding="utf-8")

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The winner of a sweep: its bundle, and the recipe by which the verbs make it again."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offsite_ray.bundle import atomic_directory
+from offsite_ray.tune.attempts import ARTEFACTS
+from offsite_ray.tune.folders import Folders, remove
+from offsite_ray.tune.plan import Job
+from offsite_ray.tune.trial import Bench, make_emulator
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from offsite_ray.config import SweepConfig
+    from offsite_ray.tune.table import Summary
+    from offsite_ray.tune.trial import Shared
+
+RECIPE, BUNDLE = "recipe.yaml", "bundle"
+
+_HEAD = """\
+# The emulator that won a sweep: {label}, seed {seed}.
+#
+# python jobs/distill.py --root FOLDER --config {name}
+# offsite-ray VERB --config {name}, for each of the verbs below
+# Paths that are not absolute are below that folder.
+"""
+
+
+def write_winner(folders: Folders, winner: Summary, config: SweepConfig, shared: Shared) -> Path:
+    """Write the winner's bundle and recipe, in place of those of an earlier one.
+
+    A bundle that was removed, because it was behind at that time, is made again.
+    """
+    job = Job.from_plain(_record(folders, winner)["job"])
+    bundle = folders.of(job.id) / BUNDLE
+    if not bundle.exists():
+        make_emulator(Bench(job=job, shared=shared, folder=folders.of(job.id), tell=_unheard))
+        remove(folders.of(job.id) / "compressed")
+    shutil.rmtree(folders.winner, ignore_errors=True)
+    with atomic_directory(folders.winner) as tmp:
+        shutil.copytree(bundle, tmp / BUNDLE)
+        (tmp / RECIPE).write_text(recipe_text(job, config, shared), encoding="utf-8")
+    return folders.winner
+
+
+def recipe_text(job: Job, config: SweepConfig, shared: Shared) -> str:
+    """Return the YAML by which ``jobs/distill.py`` and the verbs make a job's emulator."""
+    import yaml
+
+    head = _HEAD.format(label=label_of(job), seed=job.seed, name=RECIPE)
+    body = yaml.safe_dump(recipe_of_job(job, config, shared), sort_keys=False, width=100)
+    return f"{head}\n{body}"
+
+
+def recipe_of_job(job: Job, config: SweepConfig, shared: Shared) -> dict[str, Any]:
+    """Return the sections of a recipe."""
+    model = _absolute(shared.model)
+    compress, finetune = dict(job.settings["compress"]), dict(job.settings["finetune"])
+    public = [_absolute(source) for source in config.public]
+    common = {"dtype": shared.dtype}
+    distill = job.settings.get("distill")
+    return {
+        "compress": {"model": model, **_given(shared), **compress, "out": "bundle",
+                     "seed": job.seed},
+        "prepare": {"tokenizer": model, "text": public, "block_size": shared.seq_len,
+                    "out": shared.public or "public"},
+        # An emulator that was not distilled has no steps to repeat: those below are the default.
+        "distill": {"model": model, "bundle": "bundle", "data": [shared.public or "public"],
+                    "out": "emulator", "num_workers": 0, **common, **(distill or {}),
+                    "seed": job.seed, "resume": True},
+        "finetune": {"bundle": "emulator" if distill else "bundle",
+                     "data": [_absolute(source) for source in config.private], "out": "adapter",
+                     "seq_len": shared.seq_len, **common, **finetune, "seed": job.seed,
+                     "resume": True},
+    }  # fmt: skip
+
+
+def prune_bundles(folders: Folders, keep: Sequence[Summary]) -> None:
+    """Remove the bundles of all points but some; they can be made again by their settings."""
+    kept = {point.point for point in keep}
+    for record in folders.records():
+        if record["point"] not in kept:
+            remove(*(folders.of(record["id"]) / name for name in ARTEFACTS))
+
+
+def label_of(job: Job) -> str:
+    """Return a job's settings in a line."""
+    parts = [f"{f}={v}" for fields in job.settings.values() for f, v in fields.items()]
+    return ", ".join(parts) or job.role
+
+
+def _given(shared: Shared) -> dict[str, Any]:
+    return {"blocks": shared.blocks} if shared.blocks is not None else {}
+
+
+def _record(folders: Folders, winner: Summary) -> dict[str, Any]:
+    record = folders.record(winner.row["id"])
+    if record is None:
+        raise FileNotFoundError(folders.record_file(winner.row["id"]))
+    return record
+
+
+def _absolute(source: str) -> str:
+    """Return the path of something that is on this machine; a name or a URI as it is."""
+    return str(Path(source).resolve()) if Path(source).exists() else source
+
+
+def _unheard(*_: Any) -> None:
+    """Take no notice of an evaluation."""

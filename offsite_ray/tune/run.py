@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sweep from its configuration to its results."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offsite_ray.architectures import load_config, model_directory, resolve_architecture
+from offsite_ray.bundle import check_parent
+from offsite_ray.data import is_prepared, open_prepared, write_blocks
+from offsite_ray.errors import ConfigError, StorageError
+from offsite_ray.evaluation.perplexity import context_length
+from offsite_ray.results import to_plain
+from offsite_ray.tune.attempts import run_one_by_one
+from offsite_ray.tune.folders import (
+    FAILED,
+    FINISHED,
+    STOPPED,
+    Folders,
+    alone,
+    once,
+    read_record,
+    write_json,
+)
+from offsite_ray.tune.front import (
+    chosen,
+    front,
+    how_much_to_distil,
+    most_worth,
+    scores,
+)
+from offsite_ray.tune.halving import Halving
+from offsite_ray.tune.plan import Planner
+from offsite_ray.tune.presets import PRESETS
+from offsite_ray.tune.recipe import prune_bundles, write_winner
+from offsite_ray.tune.search import Listed, Suggested
+from offsite_ray.tune.space import draw, grid, parse_space, stage_fields
+from offsite_ray.tune.table import rows_of, summaries, write_table
+from offsite_ray.tune.tensorboard import TensorBoardToo
+from offsite_ray.tune.trial import Shared
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from offsite_ray.architectures import Notice
+    from offsite_ray.config import SweepConfig
+    from offsite_ray.tune.attempts import Watch
+    from offsite_ray.tune.front import Distilled
+    from offsite_ray.tune.plan import Job
+    from offsite_ray.tune.search import Source
+    from offsite_ray.tune.space import Point, Variant
+    from offsite_ray.tune.table import Row
+
+_FREE_TO_CHANGE = frozenset(
+    {
+        "out", "space", "preset", "search", "num_points", "seeds", "baseline", "objectives",
+        "privacy_weight", "early_stop", "grace_steps", "reduction_factor", "proxy",
+        "max_concurrent", "num_cpus", "num_gpus", "retries", "keep_bundles",
+    }
+)  # fmt: skip
+"""Settings that a sweep that goes on may change: its results stay comparable."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepResult:
+    """What a sweep found."""
+
+    out: str
+    table: str
+    report: str
+    num_finished: int
+    """Jobs that were measured, controls and yardsticks among them."""
+    num_stopped: int
+    """Jobs that were stopped early."""
+    num_failed: int
+    front: tuple[str, ...]
+    """Points that no other is better than in every objective, in words."""
+    winner: str | None
+    """The point that a model owner would choose, in words."""
+    recipe: str | None
+    """Directory of the winner's bundle and recipe."""
+    plug_in: float | None
+    """Of the winner, mean over the seeds: nats per token, or the mean task score."""
+    utility_gap: float | None
+    """Of the winner, to full fine-tuning."""
+    bound_gap: float | None
+    """Of the winner, to the bound."""
+    privacy_gap: float | None
+    distillation: tuple[Distilled, ...]
+    """Both gaps over emulator size and steps of distillation."""
+    distil: str | None
+    """The setting of it that is worth most for the privacy weight, in words."""
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sweep:
+    """A sweep that is planned: its points are known but for those that Optuna is yet to ask for."""
+
+    config: SweepConfig
+    folders: Folders
+    planner: Planner
+    variants: list[Variant]
+    shared: Shared
+
+    def jobs(self) -> list[Job]:
+        """Return every job of a grid or a random search."""
+        return self.planner.jobs(self.points())
+
+    def points(self) -> list[Point]:
+        """Return the points of a grid or a random search."""
+        if self.config.search == "grid":
+            return grid(self.variants)
+        return draw(self.variants, self.config.num_points or 1, self.config.seed)
+
+    @property
+    def workers_per_trial(self) -> int:
+        """Most Ray Train workers that a trial asks for."""
+        counts = [
+            int(value)
+            for variant in self.variants
+            for name, knob in variant.items()
+            if name.endswith(".num_workers") and isinstance(knob, tuple)
+            for value in knob
+            if isinstance(value, int)
+        ]
+        return max(counts, default=0)
+
+
+def sweep(config: SweepConfig, notice: Notice, watching: Callable[[Sweep], Watch]) -> SweepResult:
+    """Run a sweep, or what is left of it; write its table, its winner and its report.
+
+    Args:
+        config: What to try.
+        notice: Told what the user should know.
+        watching: Gives who is told of every job.
+
+    Raises:
+        OffsiteError: The space, the data or the model cannot be used.
+        KeyboardInterrupt: The user stopped it; the results so far are written.
+    """
+    start = time.perf_counter()
+    root = Path(config.out).resolve()
+    check_parent(root / "sweep")
+    with alone(root / ".lock", wait=False):
+        planned = plan_sweep(config, root, notice)
+        _run(planned, TensorBoardToo(planned.folders.tensorboard, watching(planned)), notice)
+        result = finish(planned, time.perf_counter() - start)
+    left = num_left(planned)
+    if left:
+        notice(f"{left} jobs are left; the same command goes on with them")
+        raise KeyboardInterrupt
+    return result
+
+
+def plan_sweep(config: SweepConfig, root: Path, notice: Notice) -> Sweep:
+    """Return what a sweep is going to do; its data are prepared and its settings written.
+
+    Raises:
+        OffsiteError: The space, the data or the model cannot be used.
+    """
+    folders = Folders(root)
+    model = model_directory(config.model)
+    model_config = load_config(model)
+    planner = Planner(
+        num_blocks=resolve_architecture(model_config, config.blocks).num_blocks,
+        seeds=range(config.seed, config.seed + config.seeds),
+        baseline=stage_fields("finetune", config.baseline or {}),
+    )
+    over = PRESETS[config.preset].variants(planner.num_blocks) if config.preset else ()
+    variants = parse_space(config.space or {}, over)
+    if config.search != "optuna":
+        points = grid(variants) if config.search == "grid" else draw(variants, 1, config.seed)
+        planner.jobs(points)
+    if any("distill" in str(name) for v in variants for name in v) and not config.public:
+        raise ConfigError("the space distils; give the text for it as public: [FILE]")
+    context_length(model_config, config.seq_len)
+    _check_same(config, folders)
+    data = {
+        name: _prepared(sources, model, model_config, config, folders.shared / name, notice)
+        for name, sources in (("private", config.private), ("public", config.public))
+        if sources
+    }
+    shared = Shared(
+        root=str(root),
+        model=str(model.resolve()),
+        private=str(data["private"].path),
+        public=str(data["public"].path) if "public" in data else None,
+        blocks=config.blocks,
+        text=tuple(_path(source) for source in config.text),
+        tasks=config.tasks,
+        task_data=config.task_data,
+        task_path=tuple(_path(source) for source in config.task_path),
+        task_limit=config.task_limit,
+        seq_len=config.seq_len,
+        batch_size=config.batch_size,
+        dtype=config.dtype,
+        facts={f"{name}_data": found.digest for name, found in data.items()},
+    )
+    return Sweep(config=config, folders=folders, planner=planner, variants=variants, shared=shared)
+
+
+def _path(source: str) -> str:
+    """Return the path that a process with another working directory takes for the same."""
+    return str(Path(source).resolve()) if Path(source).exists() else source
+
+
+def _prepared(
+    sources: Sequence[str],
+    model: Path,
+    model_config: Any,
+    config: SweepConfig,
+    out: Path,
+    notice: Notice,
+) -> Any:
+    """Return prepared data: the user's own, or made in the sweep's directory, once."""
+    own = [source for source in sources if is_prepared(source)]
+    if own and len(sources) > 1:
+        raise ConfigError(f"{own[0]} is prepared data; give it alone, or prepare all together")
+    if own:
+        return open_prepared(Path(own[0]).resolve(), model, model_config.vocab_size)
+    once(out, lambda path: write_blocks(sources, model, config.seq_len, path, notice))
+    return open_prepared(out, model, model_config.vocab_size)
+
+
+def _check_same(config: SweepConfig, folders: Folders) -> None:
+    """Refuse to go on with a sweep of other settings; raise :class:`StorageError`."""
+    plain = to_plain(config)
+    before = read_record(folders.settings)
+    for name in sorted(set(plain) - _FREE_TO_CHANGE) if before is not None else ():
+        if before is not None and before.get(name) != plain[name]:
+            raise StorageError(
+                f"{folders.root} is a sweep with {name}={before.get(name)!r}, not {plain[name]!r}; "
+                "go on with the same, or choose another --out"
+            )
+    write_json(folders.settings, plain)
+
+
+def _run(planned: Sweep, watch: Watch, notice: Notice) -> None:
+    config, folders = planned.config, planned.folders
+    known = {r["id"]: r for r in folders.records() if r["status"] != FAILED}
+    if known:
+        notice(f"{len(known)} jobs are finished already")
+    for record in folders.records():
+        if record["status"] == FAILED:
+            folders.record_file(record["id"]).unlink()
+    halving = None
+    if config.early_stop:
+        halving = Halving(
+            folder=str(folders.rungs),
+            grace_steps=config.grace_steps,
+            reduction_factor=config.reduction_factor,
+            proxy=config.proxy,
+        )
+    source = _source(planned, known)
+    if config.max_concurrent == 0:
+        run_one_by_one(source, planned.shared, watch, halving, config.retries)
+    elif not source.exhausted:
+        from offsite_ray.tune.on_ray import run_on_tune
+
+        run_on_tune(source, planned.shared, watch, halving, config, planned.workers_per_trial)
+
+
+def _source(planned: Sweep, known: dict[str, Any]) -> Source:
+    config = planned.config
+    if config.search != "optuna":
+        return Listed([job for job in planned.jobs() if job.id not in known])
+    objectives = config.objectives
+
+    def score(records: Sequence[Any]) -> list[float] | None:
+        every = planned.folders.records()
+        rows = rows_of(every, planned.planner)
+        ids = {record["id"] for record in records}
+        (point,) = summaries(row for row in rows if row["id"] in ids)
+        found = scores(point.mean, objectives)
+        return None if found is None else list(found)
+
+    return Suggested(
+        planned.variants,
+        planned.planner,
+        config.num_points or 1,
+        config.seed,
+        known,
+        score,
+        ["maximize"] * len(objectives),
+        config.max_concurrent or 2,
+        planned.folders.root / "asked.json",
+    )
+
+
+def num_left(planned: Sweep) -> int:
+    """Return how many of the jobs that are known from the start have come to no end."""
+    if planned.config.search == "optuna":
+        return 0
+    return sum(planned.folders.record(job.id) is None for job in planned.jobs())
+
+
+def finish(planned: Sweep, seconds: float) -> SweepResult:
+    """Write table, winner and report of what there is, and return it in short."""
+    from offsite_ray.tune.page import write_page
+
+    config, folders = planned.config, planned.folders
+    records = folders.records()
+    rows = rows_of(records, planned.planner)
+    write_table(folders.table, rows)
+    points = summaries(rows)
+    best = front(points, config.objectives)
+    winner = chosen(points, config.objectives, config.privacy_weight)
+    if not config.keep_bundles:
+        prune_bundles(folders, best)
+    if winner is not None:
+        write_winner(folders, winner, config, planned.shared)
+    write_page(folders.report, config, rows, points, best, winner)
+    statuses = [record["status"] for record in records]
+    mean = winner.mean if winner is not None else {}
+    knob = how_much_to_distil(points, config.privacy_weight)
+    best_knob = most_worth(knob)
+    plug_in = mean.get("plug_in_nats")
+    return SweepResult(
+        out=str(folders.root),
+        table=str(folders.table),
+        report=str(folders.report),
+        num_finished=statuses.count(FINISHED),
+        num_stopped=statuses.count(STOPPED),
+        num_failed=statuses.count(FAILED),
+        front=tuple(in_words(point.row) for point in best),
+        winner=None if winner is None else in_words(winner.row),
+        recipe=None if winner is None else str(folders.winner),
+        plug_in=mean.get("plug_in_score") if plug_in is None else plug_in,
+        utility_gap=mean.get("utility_gap"),
+        bound_gap=mean.get("bound_gap"),
+        privacy_gap=mean.get("privacy_gap"),
+        distillation=tuple(knob),
+        distil=None if best_knob is None else knob_in_words(best_knob),
+        seconds=seconds,
+    )
+
+
+def in_words(row: Row) -> str:
+    """Return what tells a point from others, in a line."""
+    steps = row["distill_steps"]
+    parts = [
+        row["plan"],
+        row["select"],
+        None if row["compress"] in (None, "none") else row["compress"],
+        f"{steps} steps" if steps else "not distilled",
+        None if row["method"] in (None, "full") else row["method"],
+        None if row["learning_rate"] is None else f"lr {row['learning_rate']:g}",
+    ]
+    return ", ".join(str(part) for part in parts if part)
+
+
+def knob_in_words(row: Distilled) -> str:
+    """Return how much is distilled at a setting of the knob, and what it costs and protects."""
+    utility = row.utility_gap if row.bound_gap is None else row.bound_gap
+    return (
+        f"{row.distill_steps} steps of {row.num_emulator_blocks} emulator blocks ({row.select}): "
+        f"utility gap {utility:.3f}, privacy gap {row.privacy_gap:.3f}"
+    )

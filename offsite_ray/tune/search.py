@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where jobs come from: a list that is known from the start, or Optuna, which learns from them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from offsite_ray.errors import ConfigError
+from offsite_ray.tune.folders import FINISHED, Record, write_json
+from offsite_ray.tune.space import Point, Range, Variant
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from offsite_ray.tune.plan import Job, Planner
+
+VARIANT = "variant"
+"""Parameter of Optuna's that says which box of the space the others are of."""
+
+
+class Source(Protocol):
+    """Gives jobs one after the other."""
+
+    def next(self) -> Job | None:
+        """Return the next job; None where there is none, for now or for good."""
+        ...
+
+    def told(self, record: Record) -> None:
+        """Take what became of a job."""
+        ...
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether there is no further job, whatever becomes of those that are out."""
+        ...
+
+
+class Listed:
+    """Jobs that are known from the start."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        """Take the jobs that are yet to be run."""
+        self._jobs = deque(jobs)
+
+    def next(self) -> Job | None:
+        """Return the next job."""
+        return self._jobs.popleft() if self._jobs else None
+
+    def told(self, record: Record) -> None:
+        """Learn nothing."""
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether all were given out."""
+        return not self._jobs
+
+
+@dataclass(kw_only=True, slots=True)
+class _Asked:
+    """A point that Optuna asked for."""
+
+    trial: Any
+    point: Point
+    jobs: list[Job]
+    """Its own jobs, one a seed; without its controls."""
+
+
+class Suggested:
+    """Jobs of points that Optuna suggests."""
+
+    def __init__(
+        self,
+        variants: Sequence[Variant],
+        planner: Planner,
+        num_points: int,
+        seed: int,
+        known: Mapping[str, Record],
+        score: Callable[[Sequence[Record]], list[float] | None],
+        directions: Sequence[str],
+        concurrency: int,
+        memory: Path,
+    ) -> None:
+        """Start a study.
+
+        Args:
+            variants: The space.
+            planner: Makes jobs of points.
+            num_points: Points to ask for.
+            seed: Of the sampler.
+            known: Records by job id, of a sweep that goes on; jobs in it are not given out.
+            score: Objectives of the records of a point; None where they cannot be known.
+            directions: ``minimize`` or ``maximize``, for each objective.
+            concurrency: Points that are asked for ahead of what is known.
+            memory: File of what was asked before; a sweep that goes on asks the same again.
+
+        Raises:
+            ConfigError: Optuna is not installed.
+        """
+        self._optuna = _optuna()
+        self._variants, self._planner, self._score = list(variants), planner, score
+        self._left, self._concurrency = num_points, concurrency
+        self._records = dict(known)
+        self._given: set[str] = set(known)
+        self._queue: deque[Job] = deque()
+        self._open: list[_Asked] = []
+        self._memory, self._asked = memory, list[dict[str, Any]]()
+        remembered = json.loads(memory.read_text("utf-8")) if memory.is_file() else []
+        self._num_remembered = len(remembered)
+        # What is remembered takes no draw, so the same seed would draw the same points again.
+        sampler = self._optuna.samplers.TPESampler(seed=seed + len(remembered))
+        self._study = self._optuna.create_study(directions=list(directions), sampler=sampler)
+        for parameters in remembered:
+            self._study.enqueue_trial(parameters)
+
+    def next(self) -> Job | None:
+        """Return a job of the next point; None while every point asked for is at work."""
+        while not self._queue and self._left and len(self._open) < self._concurrency:
+            self._ask()
+        return self._queue.popleft() if self._queue else None
+
+    def told(self, record: Record) -> None:
+        """Tell Optuna of the points that are now done."""
+        self._records[record["id"]] = record
+        self._settle()
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether all points were asked for, and all their jobs given out."""
+        return not self._queue and not self._left
+
+    def _ask(self) -> None:
+        trial = self._study.ask()
+        place = trial.suggest_int(VARIANT, 0, len(self._variants) - 1)
+        point: Point = {
+            name: _suggest(trial, f"{place}.{name}", knob)
+            for name, knob in self._variants[place].items()
+        }
+        self._asked.append(dict(trial.params))
+        if len(self._asked) > self._num_remembered:
+            write_json(self._memory, self._asked)
+        jobs = self._planner.jobs([point])
+        ids = {self._planner.own(point, seed).id for seed in self._planner.seeds}
+        self._open.append(
+            _Asked(trial=trial, point=point, jobs=[job for job in jobs if job.id in ids])
+        )
+        self._left -= 1
+        self._queue.extend(job for job in jobs if job.id not in self._given)
+        self._given |= {job.id for job in jobs}
+        self._settle()
+
+    def _settle(self) -> None:
+        for asked in list(self._open):
+            records = [self._records.get(job.id) for job in asked.jobs]
+            whole = [record for record in records if record is not None]
+            if len(whole) < len(records):
+                continue
+            self._open.remove(asked)
+            done = all(record["status"] == FINISHED for record in whole)
+            values = self._score(whole) if done else None
+            if values is None:
+                failed = self._optuna.trial.TrialState.FAIL
+                self._study.tell(asked.trial, state=failed)
+            else:
+                self._study.tell(asked.trial, values)
+
+
+def _suggest(trial: Any, name: str, knob: Any) -> Any:
+    if not isinstance(knob, Range):
+        # Optuna takes scalars only, so a place in the list stands for the value.
+        places = list(range(len(knob)))
+        return knob[trial.suggest_categorical(name, places)] if len(knob) > 1 else knob[0]
+    if knob.whole:
+        return trial.suggest_int(name, round(knob.low), round(knob.high), log=knob.log)
+    return trial.suggest_float(name, knob.low, knob.high, log=knob.log)
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise ConfigError(
+            "search=optuna needs the package optuna; pip install 'offsite-ray[optuna]', or choose "
+            "search: random"
+        ) from error
+    optuna.logging.set_verbosity(logging.ERROR)
+    return optuna

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The results of a sweep: the front, the winner, the table for other tools, the recipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from offsite_ray.cli.arguments import parse
+from offsite_ray.cli.verbs import VERBS
+from offsite_ray.emulator import open_bundle
+from offsite_ray.tune import sweep
+from offsite_ray.tune.attempts import Silent
+from offsite_ray.tune.front import chosen, dominates, front, how_much_to_distil, most_worth, worth
+from offsite_ray.tune.table import COLUMNS, Summary, summaries, write_table
+from tests.conftest import ROOT
+from tests.test_sweep import a_config
+
+if TYPE_CHECKING:
+    from offsite_ray.config import SweepConfig
+    from offsite_ray.tune import SweepResult
+    from tests.loops import Loop
+
+OBJECTIVES = ("plug_in", "emulator", "bytes")
+
+
+def a_row(point: str, seed: int = 0, **values: Any) -> dict[str, Any]:
+    row = dict.fromkeys(COLUMNS) | {
+        "id": f"emulator-{point}-seed{seed}", "point": point, "role": "emulator",
+        "status": "finished", "seed": seed, "plan": "2-4-2", "select": "uniform",
+        "compress": "none", "distill_steps": 0, "num_emulator_blocks": 4, "bundle_bytes": 100,
+        "method": "full", "num_blocks": 8, "date": "2025-01-31T12:00:00Z",
+    }  # fmt: skip
+    return {**row, **values}
+
+
+def points(**nats: tuple[float, float, int]) -> list[Summary]:
+    """Return points by name: nats of plug-in and tuned emulator, and bytes."""
+    return summaries(
+        a_row(
+            name,
+            plug_in_nats=plug_in,
+            emulator_fine_tuned_nats=emulator,
+            bundle_bytes=size,
+            bound_gap=plug_in - 1.0,
+            privacy_gap=emulator - plug_in,
+        )
+        for name, (plug_in, emulator, size) in nats.items()
+    )
+
+
+def names(found: list[Summary]) -> set[str]:
+    return {point.point for point in found}
+
+
+def test_the_front_has_what_nothing_beats_in_everything() -> None:
+    found = points(
+        good=(2.0, 3.0, 50), small=(3.0, 3.0, 10), private=(2.5, 9.0, 50), bad=(3.0, 2.9, 60),
+        same=(2.0, 3.0, 50),
+    )  # fmt: skip
+    assert names(front(found, OBJECTIVES)) == {"good", "same", "small", "private"}
+    assert names(front(found, ["plug_in"])) == {"good", "same"}
+    assert names(front(found, ["bytes"])) == {"small"}
+    assert not dominates((1.0, 1.0), (1.0, 1.0))
+
+
+def test_what_was_not_measured_is_on_no_front() -> None:
+    rows = [a_row("a", plug_in_nats=1.0), a_row("b", plug_in_nats=None)]
+    assert names(front(summaries(rows), ["plug_in"])) == {"a"}
+    assert front(summaries(rows), OBJECTIVES) == []
+    assert chosen(summaries(rows), OBJECTIVES, 0.5) is None
+
+
+def test_the_winner_follows_the_weight_of_privacy() -> None:
+    found = points(useful=(1.1, 1.2, 50), private=(1.6, 3.0, 50), middle=(1.3, 2.0, 50))
+    won = {w: chosen(found, OBJECTIVES, w) for w in (0.0, 0.4, 1.0)}
+    assert {w: p.point for w, p in won.items() if p} == {
+        0.0: "useful",
+        0.4: "private",
+        1.0: "private",
+    }
+    assert worth(found[1].mean, 0.25) == pytest.approx(0.25 * 1.4 - 0.75 * 0.6)
+    assert worth({"utility_gap": 0.2, "privacy_gap": 0.1}, 0.0) == pytest.approx(-0.2)
+    only = chosen(found, ["plug_in"], 1.0)
+    assert only is not None
+    assert only.point == "useful"
+
+
+def test_scores_count_where_there_are_no_nats() -> None:
+    rows = [
+        a_row(name, plug_in_score=score, emulator_fine_tuned_score=0.3)
+        for name, score in (("low", 0.4), ("high", 0.6))
+    ]
+    assert names(front(summaries(rows), OBJECTIVES)) == {"high"}
+
+
+def test_a_point_is_the_mean_of_its_seeds_with_their_spread() -> None:
+    rows = [a_row("p", seed, plug_in_nats=value) for seed, value in ((1, 3.0), (0, 1.0), (2, 2.0))]
+    rows += [a_row("p", 3, plug_in_nats=9.0, status="failed")]
+    (point,) = summaries(rows)
+    assert point.seeds == (0, 1, 2)
+    assert point.mean["plug_in_nats"] == 2.0
+    assert point.spread["plug_in_nats"] == pytest.approx(1.0)
+    assert point.mean["plug_in_score"] is None
+    assert point.row["seed"] == 0
+    (one,) = summaries(rows[:1])
+    assert one.spread["plug_in_nats"] is None
+
+
+def test_the_knob_goes_from_little_to_much_and_names_a_setting() -> None:
+    rows = [
+        a_row(f"{size}-{steps}", num_emulator_blocks=size, distill_steps=steps,
+              bound_gap=0.4 - steps / 1000, privacy_gap=0.5 - steps / 500)
+        for size, steps in ((8, 0), (4, 200), (4, 0))
+    ]  # fmt: skip
+    knob = how_much_to_distil(summaries(rows), 0.2)
+    assert [(row.num_emulator_blocks, row.distill_steps) for row in knob] == [
+        (4, 0), (4, 200), (8, 0),
+    ]  # fmt: skip
+    best = most_worth(knob)
+    assert best is not None
+    assert best.point == "4-200"
+    private = most_worth(how_much_to_distil(summaries(rows), 0.8))
+    assert private is not None
+    assert private.distill_steps == 0
+    assert most_worth([]) is None
+
+
+def test_the_table_is_read_by_other_tools(tmp_path: Path) -> None:
+    path = tmp_path / "results.parquet"
+    write_table(path, [a_row("a", plug_in_nats=1.5), a_row("b", seed=1)])
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    frame = pandas.read_parquet(path)
+    assert list(frame.columns) == list(COLUMNS)
+    assert frame["plug_in_nats"].tolist()[0] == 1.5
+    assert frame["plug_in_nats"].isna().tolist() == [False, True]
+    assert frame["seed"].tolist() == [0, 1]
+
+
+def test_the_table_is_read_by_duckdb(tmp_path: Path) -> None:
+    path = tmp_path / "results.parquet"
+    write_table(path, [a_row("a", plug_in_nats=1.5), a_row("b", plug_in_nats=2.5)])
+    duckdb = pytest.importorskip("duckdb", reason="duckdb is not installed")
+    query = f"select point, plug_in_nats from '{path}' where status = 'finished' order by 2 desc"
+    assert duckdb.sql(query).fetchall() == [("b", 2.5), ("a", 1.5)]
+
+
+def test_a_sweep_of_nothing_yet_has_a_table() -> None:
+    assert summaries([]) == []
+    assert how_much_to_distil([], 0.5) == []
+
+
+def test_every_column_is_in_the_documentation() -> None:
+    told = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    missing = [name for name in COLUMNS if f"`{name}`" not in told]
+    measures = [name for name in missing if name.rpartition("_")[2] in ("nats", "score")]
+    assert sorted(set(missing) - set(measures)) == []
+
+
+@pytest.fixture(scope="module")
+def won(loop: Loop, tmp_path_factory: pytest.TempPathFactory) -> tuple[SweepConfig, SweepResult]:
+    """Return a sweep whose winner is distilled; only read."""
+    space = {
+        "compress": {"plan": "1-2-1"},
+        "distill": {"max_steps": 3, "batch_size": 2, "learning_rate": 1e-2},
+        "finetune": {"max_steps": 2, "batch_size": 2},
+    }
+    out = tmp_path_factory.mktemp("won") / "out"
+    config = a_config(loop, out, space=space, objectives=("plug_in",))
+    return config, sweep(config, lambda _: None, lambda _: Silent())
+
+
+def test_the_winners_recipe_makes_its_emulator_again(
+    won: tuple[SweepConfig, SweepResult], tmp_path: Path
+) -> None:
+    winner = Path(won[1].recipe or "")
+    recipe = str(winner / "recipe.yaml")
+    for verb in ("compress", "prepare", "distill", "finetune"):
+        parse(VERBS[verb], ["--config", recipe], VERBS)
+    command = [sys.executable, str(ROOT / "jobs" / "distill.py")]
+    words = ["--root", str(tmp_path), "--config", recipe]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, *words], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    again, won_bundle = open_bundle(tmp_path / "emulator"), open_bundle(winner / "bundle")
+    assert again.plan == won_bundle.plan
+    for name in won_bundle.weights.tensors:
+        assert again.weights.read(name).equal(won_bundle.weights.read(name))
+
+
+def test_the_result_is_plain_and_says_how_much_to_distil(
+    won: tuple[SweepConfig, SweepResult],
+) -> None:
+    from offsite_ray.results import to_plain
+
+    plain = json.loads(json.dumps(to_plain(won[1])))
+    rows = pq.read_table(plain["table"]).to_pylist()
+    best = min(r["plug_in_nats"] for r in rows if r["role"] == "emulator")
+    assert plain["plug_in"] == best
+    assert {row["distill_steps"] for row in plain["distillation"]} == {3}
+    assert plain["distil"].startswith("3 steps of 2 emulator blocks")
+
+
+def test_a_bundle_that_was_removed_is_made_again(won: tuple[SweepConfig, SweepResult]) -> None:
+    import shutil
+
+    config, result = won
+    before = open_bundle(Path(result.recipe or "") / "bundle")
+    tensors = {name: before.weights.read(name).clone() for name in before.weights.tensors}
+    for bundle in (Path(config.out) / "trials").glob("*/bundle"):
+        shutil.rmtree(bundle)
+    again = sweep(config, lambda _: None, lambda _: Silent())
+    after = open_bundle(Path(again.recipe or "") / "bundle")
+    assert all(after.weights.read(name).equal(tensor) for name, tensor in tensors.items())
