@@ -143,6 +143,22 @@ def test_components_go_in_attention_and_channels_in_the_feed_forward(
     assert any("unpack" in line for line in aware(model, loop.text, tmp_path / "packed", **packed))
 
 
+def test_blocks_may_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = open_full_model(save_tiny("llama", tmp_path / "model"))
+    together = GradientScores(full, [rows(4)], [1, 2, 4], tmp_path / "together")
+    monkeypatch.setattr("offsite_ray.calibration.gradients._MOMENT_BYTES", 0)
+    apart = GradientScores(full, [rows(4)], [4, 1, 2], None)
+    for index in (1, 2, 4):
+        for layer in ("self_attn.q_proj", "mlp.up_proj"):
+            name = f"model.layers.{index}.{layer}.weight"
+            said = [each.of(name) for each in (together, apart)]
+            scores = [each.components or each.channels for each in said]
+            assert scores[0] is not None
+            assert scores[1] is not None
+            torch.testing.assert_close(scores[0].curvature, scores[1].curvature)
+            torch.testing.assert_close(scores[0].slope, scores[1].slope)
+
+
 def test_scores_are_kept(loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     logits = []

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What removing parts of blocks does to gradients and to the loss, for compressions that ask.
 
-The full model is in memory, and runs forward and backward once for each block that is asked for, so
-that the moments of no more than one block are. What is kept, on disk, is a few numbers for each
-singular component and each inner channel.
+The full model is in memory, and runs forward and backward once for as many blocks as have moments
+of 2 GiB together, or for each. What is kept, on disk, is a few numbers for each singular component
+and each inner channel.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from offsite_ray.full_model import FullModel
+
+_MOMENT_BYTES = 2 * 2**30
+"""Of the moments that are in memory at once, unless those of one block are more."""
 
 _COMPONENTS, _ROWS, _COLUMNS = "components", "rows", "columns"
 """What the scores of a matrix are of."""
@@ -102,18 +105,28 @@ def _write(full: FullModel, batches: Sequence[Tensor], files: Mapping[int, Path]
     model: Any = load_model(full.path, device=device)
     model.requires_grad_(False)
     on_disk = stored_alone(full.config, full.arch, full.weights.tensors)
-    for index, file in files.items():
-        block = get_blocks(model, full.arch)[index]
-        matrices = _scored(model, linear_layers(block), [batch.to(device) for batch in batches])
-        prefix = f"{full.arch.family.blocks}.{index}."
-        names = {path: on_disk.get(f"{prefix}{path}.weight") for path in matrices}
-        found = {
-            f"{kind}|{names[path]}": torch.stack([scores.curvature, scores.slope])
-            for path, (kind, scores) in _scores(matrices, feed_forward(block)).items()
-            if names[path] is not None
-        }
-        with atomic_file(file) as tmp:
-            write_file(tmp, specs(found))
+    blocks = get_blocks(model, full.arch)
+    rows = [batch.to(device) for batch in batches]
+    at_once = max(1, _MOMENT_BYTES // max(1, _moment_bytes(blocks[min(files)])))
+    for start in range(0, len(files), at_once):
+        indices = sorted(files)[start : start + at_once]
+        scored = _scored(model, {index: linear_layers(blocks[index]) for index in indices}, rows)
+        for index, matrices in scored.items():
+            prefix = f"{full.arch.family.blocks}.{index}."
+            names = {path: on_disk.get(f"{prefix}{path}.weight") for path in matrices}
+            found = {
+                f"{kind}|{names[path]}": torch.stack([scores.curvature, scores.slope])
+                for path, (kind, scores) in _scores(matrices, feed_forward(blocks[index])).items()
+                if names[path] is not None
+            }
+            with atomic_file(files[index]) as tmp:
+                write_file(tmp, specs(found))
+
+
+def _moment_bytes(block: nn.Module) -> int:
+    """Return the bytes of the moments and gradients of a block's linear layers."""
+    shapes = (layer.get_parameter("weight").shape for layer in linear_layers(block).values())
+    return sum(4 * (rows**2 + columns**2 + rows * columns) for rows, columns in shapes)
 
 
 def _scores(
@@ -133,16 +146,22 @@ def _scores(
 
 
 def _scored(
-    model: Any, layers: Mapping[str, nn.Module], batches: Sequence[Tensor]
-) -> dict[str, ScoredMatrix]:
-    """Return the matrices of some layers with their moments and gradients, per token."""
-    sums = {path: _Sums(layer) for path, layer in layers.items()}
+    model: Any, layers: Mapping[int, Mapping[str, nn.Module]], batches: Sequence[Tensor]
+) -> dict[int, dict[str, ScoredMatrix]]:
+    """Return the matrices of some blocks' layers with their moments and gradients, per token."""
+    sums = {
+        index: {path: _Sums(layer) for path, layer in of_block.items()}
+        for index, of_block in layers.items()
+    }
     for batch in batches:
         with torch.enable_grad():
             logits = model(input_ids=batch, use_cache=False).logits
             torch.autograd.backward(sum_cross_entropy(logits, batch))
     num_tokens = sum(batch.numel() for batch in batches)
-    return {path: each.result(num_tokens) for path, each in sums.items()}
+    return {
+        index: {path: each.result(num_tokens) for path, each in of_block.items()}
+        for index, of_block in sums.items()
+    }
 
 
 class _Sums:

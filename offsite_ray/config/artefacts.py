@@ -29,7 +29,8 @@ class CompressConfig:
     """Tokens in each; by default as many as the model takes, up to 1024."""
     compress: str = "none"
     """What becomes of the matrices of the kept blocks: 'prune:0.5', 'prune:2:4', 'quantize:8',
-    'low_rank:0.5', or several joined by '+', in order."""
+    'low_rank:0.5', or with `calibration` 'low_rank_aware:0.5' and 'gradient_preserving:0.5:1';
+    several are joined by '+', in order."""
     blocks: str | None = None
     """Path of the block list in a model whose family is in no table, e.g. 'model.layers'."""
     seed: int = 0
