@@ -175,6 +175,8 @@ def in_own_process(job: Job) -> Run:
     words = [sys.executable, __file__, "--job", json.dumps(asdict(job)), "--start", str(start)]
     # One thread for each trial of two, all of them for trials that are alone.
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    # As the command line sets it: threads that spin are slow where another process has the core.
+    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=env)
     return Run(**json.loads(done.stdout.rstrip().rpartition("\n")[2]))
 
