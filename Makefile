@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 # DeepSpeed looks for ninja on the PATH when it compiles its extensions.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help demo test check format bench-distill bench-estimate bench-finetune bench-quality bench-outofcore bench-prepare clean
+.PHONY: help demo test check format bench-distill bench-estimate bench-finetune bench-quality bench-outofcore bench-prepare bench-sweep clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -57,6 +57,9 @@ bench-distill: $(STAMP) ## Measure distillation: plain way, ZeRO, overhead; ARGS
 
 bench-quality: $(STAMP) ## Measure what distillation does for the plug-in; ARGS goes to the script
 	python benchmarks/quality.py $(ARGS)
+
+bench-sweep: $(STAMP) ## Measure sweeps: trials side by side, first trial, memory; ARGS goes to the script
+	python benchmarks/sweep.py $(ARGS)
 
 clean: ## Remove the environment, builds and caches
 	rm -rf $(VENV) build dist *.egg-info

@@ -30,6 +30,9 @@ def embedded_ray(num_workers: int) -> Iterator[None]:
     """Use the Ray cluster at hand, or run one in this process for the time being.
 
     A cluster is at hand where this process is connected to one, or ``RAY_ADDRESS`` names one.
+
+    Args:
+        num_workers: Workers of Ray Train or Ray Data that will run; 0: of neither.
     """
     import ray
 
@@ -39,8 +42,9 @@ def embedded_ray(num_workers: int) -> Iterator[None]:
     # A worker that only waits for its first step takes a core of Ray's count, not of the machine.
     local: dict[str, Any] = {
         "num_cpus": max(num_workers + 1, os.cpu_count() or 1),
-        # The state of actors is known to the dashboard alone, and Ray Train cleans up by it.
-        "include_dashboard": True,
+        # The state of actors is known to the dashboard alone, and Ray Train cleans up by it. Where
+        # there are no such workers, its dozen processes would only keep the first trial waiting.
+        "include_dashboard": num_workers > 0,
     }
     address = os.environ.get("RAY_ADDRESS")
     ray.init(log_to_driver=False, logging_level=logging.ERROR, **({} if address else local))

@@ -283,6 +283,22 @@ def test_a_sweep_is_alone_in_its_directory(loop: Loop, tmp_path: Path) -> None:
         run(a_config(loop, tmp_path / "out"))
 
 
+def test_the_teacher_runs_once_for_all_emulators(loop: Loop, tmp_path: Path) -> None:
+    space = {
+        "compress": {"plan": ["1-2-1", "1-3-1"]},
+        "distill": {"max_steps": 2, "batch_size": 2},
+        "finetune": SPACE["finetune"],
+    }
+    losses = []
+    for cached in (False, True):
+        config = a_config(loop, tmp_path / str(cached), space=space, teacher_cache=cached)
+        result, _ = run(config)
+        losses.append([r["distill_loss"] for r in table(result) if r["role"] == "emulator"])
+        caches = list(Folders(Path(config.out)).shared.glob("teacher-*"))
+        assert [path.name for path in caches] == (["teacher-4"] if cached else [])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 def test_optuna_asks_for_points_and_again_for_the_same(loop: Loop, tmp_path: Path) -> None:
     pytest.importorskip("optuna", reason="optuna is not installed")
     space = {

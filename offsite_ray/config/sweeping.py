@@ -52,6 +52,8 @@ class SweepConfig:
     """Sequences in one forward pass of an evaluation."""
     dtype: ComputeDtype = "fp32"
     """Arithmetic of every training and evaluation; the dtype of the weights shares their memory."""
+    teacher_cache: bool = False
+    """Compute the teacher's outputs on the public text once, and distil all emulators from them."""
     search: Literal["grid", "random", "optuna"] = "grid"
     """How points are chosen: every combination, by chance, or by Optuna, if installed."""
     num_points: int | None = None

@@ -198,6 +198,7 @@ def plan_sweep(config: SweepConfig, root: Path, notice: Notice) -> Sweep:
         seq_len=config.seq_len,
         batch_size=config.batch_size,
         dtype=config.dtype,
+        teacher_cache=config.teacher_cache,
         facts={f"{name}_data": found.digest for name, found in data.items()},
     )
     return Sweep(config=config, folders=folders, planner=planner, variants=variants, shared=shared)

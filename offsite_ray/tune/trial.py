@@ -8,6 +8,7 @@ artefact that was being made, from its last checkpoint.
 from __future__ import annotations
 
 import gc
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -33,6 +34,7 @@ from offsite_ray.tune.folders import (
     write_json,
 )
 from offsite_ray.tune.space import NUM_WORKERS
+from offsite_ray.tune.teacher import cached_config
 
 if TYPE_CHECKING:
     from offsite_ray.config import ComputeDtype
@@ -67,6 +69,8 @@ class Shared:
     seq_len: int
     batch_size: int
     dtype: ComputeDtype
+    teacher_cache: bool
+    """Whether distillations read the teacher's outputs, computed once for all."""
     facts: Mapping[str, Any]
     """What every record says of the data: their digests."""
 
@@ -133,6 +137,8 @@ def run_job(job: Job, shared: Shared, tell: Tell) -> Record:
         if (known := folders.record(job.id)) is not None and known["status"] == FINISHED:
             return known
         start = time.perf_counter()
+        for left in folder.glob(".*.tmp-*"):  # by an attempt that was killed
+            shutil.rmtree(left, ignore_errors=True)
         bench = Bench(job=job, shared=shared, folder=folder, tell=tell)
         measured = _MAKERS[job.role](bench)
         record = {
@@ -202,6 +208,7 @@ def make_emulator(bench: Bench) -> Path:
     if not bundle.exists():
         _compressed(bench, bench.folder / "compressed")
         _distilled(bench, bench.folder / "compressed", bundle)
+    bench.found |= _facts(bundle)
     return bundle
 
 
@@ -217,7 +224,8 @@ def _compressed(bench: Bench, out: Path) -> Path:
                 seed=bench.job.seed,
             )
         )
-        bench.note("compress", result.seconds, **_facts(out))
+        bench.note("compress", result.seconds)
+    bench.found |= _facts(out)
     return out
 
 
@@ -234,11 +242,12 @@ def _facts(bundle: Path) -> dict[str, Any]:
 
 
 def _distilled(bench: Bench, bundle: Path, out: Path) -> None:
+    shared = bench.shared
     config = DistillConfig(
         **bench.common("distill"),
-        model=bench.shared.model,
+        model=shared.model,
         bundle=str(bundle),
-        data=(str(bench.shared.public),),
+        data=(str(shared.public),),
         out=str(out),
     )
 
@@ -247,6 +256,8 @@ def _distilled(bench: Bench, bundle: Path, out: Path) -> None:
             bench.tell(record.step, record.losses)
 
     fit, fill = engines(config.num_workers)
+    if shared.teacher_cache:
+        config = cached_config(config, Path(shared.root), fill)
     result = distill(config, fit, report, fill=fill)
     bench.note(
         "distill",

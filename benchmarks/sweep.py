@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure sweeps: equal trials on Ray Tune beside one process, the first trial, memory of a trial.
+
+    python benchmarks/sweep.py                                 writes what docs/sweeps.md shows
+    python benchmarks/sweep.py --steps 2 --results runs        only shows that it runs
+
+The trials differ in their seed alone. Each way is a process of its own, with a directory of its
+own; "one process" runs the trials one after the other, with as many threads as torch takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# A script's own folder is all that Python would look in.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.machine import ROOT, commit, machine
+from benchmarks.page import put
+from benchmarks.sweep_page import BEGIN, tables
+from offsite_ray.results import to_plain
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "sweeps.md"
+
+_NUM_TRIALS = 12
+_SAMPLE_SECONDS = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One way to run the trials."""
+
+    concurrent: int
+    """Trials at a time on Ray Tune; 0: one after the other in this process."""
+    model: str
+    plan: str
+    text: str
+    out: str
+    num_trials: int
+    steps: int
+    """Of distillation and of fine-tuning."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What a way took."""
+
+    concurrent: int
+    seconds: float
+    """From the start of its process to its end."""
+    first_trial_seconds: float
+    """From the start of its process to that of the first trial."""
+    trial_seconds: float
+    """Median of the trials."""
+    start_bytes: int
+    """Of a trial's process, before its first trial has read a model: its own share of memory."""
+    peak_bytes: int
+    """Most of all trial processes together; a page that n of them share counts 1/n for each."""
+    bundle_bytes: int
+    full_model_bytes: int
+
+
+@dataclass(kw_only=True, slots=True)
+class Memory:
+    """Watches the trials' processes from a thread."""
+
+    folder: Path
+    starts: dict[int, int] = field(default_factory=dict)
+    peak: int = 0
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def watch(self) -> None:
+        """Sample until told to end."""
+        while not self.ended.wait(_SAMPLE_SECONDS):
+            shares = {pid: share for pid in self._pids() if (share := share_of(pid))}
+            for pid, share in shares.items():
+                self.starts.setdefault(pid, share)
+            self.peak = max(self.peak, sum(shares.values()))
+
+    def _pids(self) -> set[int]:
+        texts = [path.read_text("utf-8") for path in self.folder.glob("*/.lock")]
+        return {int(text) for text in texts if text}
+
+
+def share_of(pid: int) -> int | None:
+    """Return the bytes of a process: pages that others have too count by their share."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text("utf-8").splitlines()
+    except OSError:
+        return None
+    (pss,) = (line for line in lines if line.startswith("Pss:"))
+    return int(pss.split()[1]) * 1024
+
+
+def measure(job: Job, start: float) -> Run:
+    """Run the trials; ``start`` is when the process began, by ``time.time()``."""
+    from offsite_ray.config import SweepConfig
+    from offsite_ray.tune.attempts import Silent, run_one_by_one
+    from offsite_ray.tune.run import plan_sweep
+    from offsite_ray.tune.search import Listed
+
+    train, test = _texts(job)
+    config = SweepConfig(
+        model=job.model, private=(train,), public=(train,), text=(test,), out=job.out,
+        seq_len=128, dtype="bf16", seeds=job.num_trials, max_concurrent=job.concurrent,
+        space={
+            "compress": {"plan": job.plan},
+            "distill": {"max_steps": job.steps, "learning_rate": 1e-3, "eval_fraction": 0.01},
+            "finetune": {"max_steps": job.steps, "eval_fraction": 0.01},
+        },
+    )  # fmt: skip
+    begun: list[float] = []
+
+    class Watch(Silent):
+        def started(self, job: Any) -> None:
+            begun.append(time.time() - start)
+
+    planned = plan_sweep(config, Path(job.out), lambda _: None)
+    trials = [trial for trial in planned.jobs() if trial.control == "uniform"]
+    memory = Memory(folder=planned.folders.trials)
+    thread = threading.Thread(target=memory.watch)
+    thread.start()
+    source = Listed(trials)
+    if job.concurrent == 0:
+        run_one_by_one(source, planned.shared, Watch(), None, 0)
+    else:
+        from offsite_ray.tune.on_ray import run_on_tune
+
+        run_on_tune(source, planned.shared, Watch(), None, config, 0)
+    memory.ended.set()
+    thread.join()
+    records = planned.folders.records()
+    assert [record["status"] for record in records] == ["finished"] * job.num_trials
+    found = records[0]["found"]
+    return Run(
+        concurrent=job.concurrent,
+        seconds=time.time() - start,
+        first_trial_seconds=begun[0],
+        trial_seconds=statistics.median(record["seconds"]["all"] for record in records),
+        start_bytes=round(statistics.mean(memory.starts.values())) if memory.starts else 0,
+        peak_bytes=memory.peak,
+        bundle_bytes=found["bundle_bytes"],
+        full_model_bytes=found["full_model_bytes"],
+    )
+
+
+def _texts(job: Job) -> tuple[str, str]:
+    """Write and return a text to train on and one to measure on: two pieces of the job's."""
+    words = Path(job.text).read_text("utf-8")
+    folder = Path(job.out).parent
+    for name, piece in (("train", words[:200_000]), ("test", words[-20_000:])):
+        (folder / f"{name}.txt").write_text(piece, "utf-8")
+    return str(folder / "train.txt"), str(folder / "test.txt")
+
+
+def in_own_process(job: Job) -> Run:
+    """Run a way in a process of its own."""
+    start = time.time()
+    words = [sys.executable, __file__, "--job", json.dumps(asdict(job)), "--start", str(start)]
+    # One thread for each trial of two, all of them for trials that are alone.
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    # As the command line sets it: threads that spin are slow where another process has the core.
+    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=env)
+    return Run(**json.loads(done.stdout.rstrip().rpartition("\n")[2]))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure every way, write the result and the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=str(_default_model()))
+    parser.add_argument("--text", default=str(_default_text()))
+    parser.add_argument("--plan", default="2-4-2")
+    parser.add_argument("--trials", type=int, default=_NUM_TRIALS)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--start", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.job:
+        run = measure(Job(**json.loads(args.job)), args.start)
+        print(json.dumps(asdict(run)))
+        return 0
+    runs = []
+    for _ in range(args.rounds):
+        for concurrent in (0, 1, 2):
+            with tempfile.TemporaryDirectory() as work:
+                job = Job(
+                    concurrent=concurrent, model=args.model, plan=args.plan, text=args.text,
+                    out=str(Path(work) / "out"), num_trials=args.trials, steps=args.steps,
+                )  # fmt: skip
+                runs.append(in_own_process(job))
+            print(runs[-1], file=sys.stderr, flush=True)
+    result = _result(args, runs)
+    args.results.mkdir(parents=True, exist_ok=True)
+    (args.results / "sweep.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    print(tables(result))
+    if args.results == RESULTS:
+        put(PAGE, BEGIN, tables(result))
+    return 0
+
+
+def _result(args: argparse.Namespace, runs: list[Run]) -> Mapping[str, Any]:
+    plain: Mapping[str, Any] = to_plain(
+        {
+            "machine": machine(),
+            "model": Path(args.model).name,
+            "plan": args.plan,
+            "num_trials": args.trials,
+            "steps": args.steps,
+            "runs": runs,
+            "commit": commit(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+    )
+    return plain
+
+
+def _real(path: str) -> Path:
+    return Path(os.environ.get("OFFSITE_RAY_REAL_DATA", ROOT.parent / "shared")) / path
+
+
+def _default_model() -> Path:
+    real = _real("models/fm16")
+    return real if real.is_dir() else ROOT / "examples" / "foundation"
+
+
+def _default_text() -> Path:
+    real = _real("data/shakespeare/input.txt")
+    return real if real.is_file() else ROOT / "docs" / "benchmarks.md"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
