@@ -55,10 +55,11 @@ def main(argv: list[str]) -> int:
         configs = [parse(VERBS[step], words[step], VERBS).config for step in STEPS]
         if args.dry_run:
             return say(args.config, *configs)
-        if is_there("distill", configs[-1].out):
-            return 0
+        done = is_there("distill", configs[-1].out)
         for step, config in zip(STEPS, configs, strict=True):
-            if not is_there(step, config.out) and (status := offsite_ray([step, *words[step]])):
+            if done or is_there(step, config.out):
+                print(f"{step}: {config.out} is there already, skipped", file=sys.stderr)
+            elif status := offsite_ray([step, *words[step]]):
                 return status
     except (OffsiteError, OSError) as error:
         print(f"offsite-ray: error: {error}", file=sys.stderr)

@@ -41,20 +41,6 @@ MAIN_METRICS = ("acc", "exact_match", "em", "acc_norm", "f1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RunStart:
-    """What a training run is about to do."""
-
-    total_steps: int
-    """Optimizer steps of the whole run."""
-    first_step: int
-    """Steps that a resumed run has done already."""
-    num_train: int
-    """Sequences to train on."""
-    num_held_out: int
-    """Sequences held out for evaluations."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class StepRecord:
     """One optimizer step."""
 
@@ -84,6 +70,31 @@ class EvalRecord:
     """As in :class:`StepRecord`."""
     diagnostics: Mapping[str, float] = field(default_factory=dict)
     """What is measured beside the loss: ``drift/5`` is the normalised error behind block 5."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunStart:
+    """What a training run is about to do."""
+
+    total_steps: int
+    """Optimizer steps of the whole run."""
+    first_step: int
+    """Steps that a resumed run has done already."""
+    num_train: int
+    """Sequences to train on."""
+    num_held_out: int
+    """Sequences held out for evaluations."""
+    earlier: tuple[StepRecord | EvalRecord, ...] = ()
+    """What a resumed run has recorded before, in order."""
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> RunStart:
+        """Return what :func:`to_plain` made plain."""
+        earlier = tuple(
+            StepRecord(**record) if "learning_rate" in record else EvalRecord(**record)
+            for record in plain["earlier"]
+        )
+        return cls(**{**plain, "earlier": earlier})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

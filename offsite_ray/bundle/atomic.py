@@ -27,8 +27,8 @@ def check_free(out: Path) -> None:
     """
     if out.is_symlink() or out.name in ("", "..") or os.path.ismount(out):
         raise StorageError(
-            f"{str(out)!r} is a link, a volume or no name, and what is written takes its name at "
-            "the end; give a new name inside it"
+            f"{str(out)!r} is a link, a mount point or a folder without a name of its own, and "
+            "cannot be replaced by what is written; give a new name inside it"
         )
     if out.is_dir():
         if any(out.iterdir()):

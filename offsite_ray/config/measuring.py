@@ -70,7 +70,7 @@ class EstimateConfig:
     model: str
     """Directory of the full model (its config.json is enough), or its name on the hub."""
     plan: str
-    """Split plan: '2-8-2', or 'adapter=0,1,30,31 emulator=2,5-9'."""
+    """Split plan: '2-8-2', 'spread=4 keep=8', or 'adapter=0,1,30,31 emulator=2,5-9'."""
     select: str = "uniform"
     """Selection method for the kept blocks of a short plan."""
     blocks: str | None = None

@@ -197,7 +197,8 @@ def _filled_cache(
     if empty := [segment for segment in bundle.plan.segments if not segment.kept]:
         raise ConfigError(
             f"the emulator keeps none of the blocks {list(empty[0].blocks)}, and without the full "
-            "model there is no place for their error; distil without --teacher-cache"
+            "model there is no place for their error; distil without --teacher-cache, or keep "
+            "one of them"
         )
     blocks = blocks_path(bundle.manifest)
     task = cache_task(full, bundle.plan, config, data, blocks, use_positions=use_positions)

@@ -42,8 +42,14 @@ class CompressResult:
     out: str
     id: str
     plan: str
+    select: str
+    """Selection method."""
+    compress: str
+    """Compression method."""
     adapter: tuple[int, ...]
     emulator: tuple[int, ...]
+    copies_of: tuple[int, ...] | None
+    """Of each block of the emulator model, which of the full model it is; None: itself."""
     num_blocks: int
     bundle_bytes: int
     full_model_bytes: int
@@ -107,8 +113,11 @@ def compress(config: CompressConfig, notice: Notice | None = None) -> CompressRe
         out=str(out),
         id=manifest.id,
         plan=plan.short,
+        select=config.select,
+        compress=compression.text,
         adapter=plan.adapter,
         emulator=plan.emulator,
+        copies_of=None if chosen.stored == plan.kept else chosen.stored,
         num_blocks=plan.num_blocks,
         bundle_bytes=manifest.measured["bundle_bytes"],
         full_model_bytes=manifest.measured["full_model_bytes"],

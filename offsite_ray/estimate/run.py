@@ -14,6 +14,7 @@ from offsite_ray.estimate.artefacts import Artefacts, artefacts_of, count_parame
 from offsite_ray.estimate.memory import Memory, Worker, memory_of
 from offsite_ray.estimate.shapes import Shapes, Step, open_shapes
 from offsite_ray.finetuning import FINETUNING_METHODS
+from offsite_ray.training.sources import row_length
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -97,6 +98,8 @@ class Estimate:
     """Method to what it takes on the data owner's one GPU; None where it has nothing to train."""
     full_finetuning: Cost
     """Of the whole full model on one GPU: the baseline."""
+    peak_tflops: float | None
+    """Peak of one device that the times are reckoned with: the given one, or for bf16 an A100's."""
     tokens: int
     """What the seconds of training are for."""
     seconds: float
@@ -113,6 +116,7 @@ def estimate(config: EstimateConfig, notice: Notice | None = None) -> Estimate:
     shapes = open_shapes(
         config.model, config.plan, select=config.select, blocks=config.blocks, notice=notice
     )
+    row_length(shapes.config, config.seq_len, None)
     distillation = _distill_config(config)
     options: list[Option] = []
     cost = None
@@ -130,6 +134,7 @@ def estimate(config: EstimateConfig, notice: Notice | None = None) -> Estimate:
         options=tuple(options),
         finetuning={name: _finetuning(shapes, config, name) for name in FINETUNING_METHODS},
         full_finetuning=_baseline(shapes, config),
+        peak_tflops=peak_tflops(config),
         tokens=config.tokens,
         seconds=time.perf_counter() - start,
     )

@@ -44,11 +44,15 @@ def estimate_tables(estimate: Estimate, config: EstimateConfig) -> Group:
     peak = peak_tflops(config)
     parts += _titled(
         f"Time at {config.utilisation:.0%} of the peak, "
-        f"{'which is not known' if peak is None else f'{peak:g} TFLOP/s for each {device}'}",
+        f"{'which is not known' if peak is None else f'{peak:g} TFLOP/s' + _whose(config)}",
         ("", "FLOPs/step", "FLOPs/token", "recomputed", "tokens/s", f"{config.tokens:.3g} tokens"),
         (_time(name, cost) for name, cost in _named(estimate, config)),
     )
     return Group(*parts)
+
+
+def _whose(config: EstimateConfig) -> str:
+    return "" if config.peak_tflops else ", an A100's"
 
 
 def _title(estimate: Estimate) -> str:

@@ -23,17 +23,20 @@ from offsite_ray.results import CheckpointRecord, EvalRecord, RunStart, StepReco
 from offsite_ray.train.worker import RECORDS, read_result, worker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from offsite_ray.config import TrainingConfig
+    from offsite_ray.results import Record
     from offsite_ray.training import Report, TrainingOutcome, TrainingTask
 
 _LOG = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
 
-_RECORD_TYPES = {cls.__name__: cls for cls in (RunStart, StepRecord, EvalRecord, CheckpointRecord)}
+_RECORD_TYPES: dict[str, Callable[..., Record]] = {
+    cls.__name__: cls for cls in (StepRecord, EvalRecord, CheckpointRecord)
+} | {RunStart.__name__: lambda **values: RunStart.from_plain(values)}
 
 
 def run_on_ray(

@@ -62,6 +62,7 @@ def training_loop(
             first_step=first,
             num_train=len(train),
             num_held_out=len(held_out),
+            earlier=progress.earlier,
         )
     )
     start = time.perf_counter()

@@ -37,12 +37,9 @@ class Place(Protocol):
 class JsonLines:
     """A line for each step and evaluation, in ``metrics.jsonl``."""
 
-    def __init__(self, directory: Path, first_step: int) -> None:
-        """Go on behind ``first_step``: lines of steps that are done again are dropped."""
-        path = directory / METRICS_FILE
-        kept = _lines_until(path, first_step) if first_step and path.is_file() else []
-        self._file = path.open("w", encoding="utf-8", buffering=1)
-        self._file.writelines(kept)
+    def __init__(self, directory: Path) -> None:
+        """Begin the file anew."""
+        self._file = (directory / METRICS_FILE).open("w", encoding="utf-8", buffering=1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write a line."""
@@ -53,23 +50,14 @@ class JsonLines:
         self._file.close()
 
 
-def _lines_until(path: Path, last_step: int) -> list[str]:
-    """Return the lines of steps up to ``last_step``; a killed process may leave half a line."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("}\n")]
-    return [line for line in whole if json.loads(line)["step"] <= last_step]
-
-
 class TensorBoard:
     """TensorBoard's event files."""
 
-    def __init__(self, directory: Path, first_step: int) -> None:
-        """Go on behind ``first_step``."""
+    def __init__(self, directory: Path) -> None:
+        """Begin anew: TensorBoard drops what is in older files."""
         from tensorboardX import SummaryWriter
 
-        # From the first step on, also the evaluation before it.
-        purge = first_step + 1 if first_step else 0
-        self._writer = SummaryWriter(logdir=str(directory), purge_step=purge)
+        self._writer = SummaryWriter(logdir=str(directory), purge_step=0)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write a point for each value."""
@@ -141,7 +129,10 @@ def logged(config: TrainingConfig, report: Report) -> Iterator[Report]:
         try:
             if isinstance(record, RunStart):  # once more for workers that were started again
                 _close(files)
-                files[:] = _files(config.log_dir, record.first_step)
+                files[:] = _files(config.log_dir)
+                # From the run's own history: who logged before may have been killed behind it.
+                for earlier in record.earlier:
+                    _write(files, earlier)
             else:
                 _write((*services, *files), record)
         finally:
@@ -177,11 +168,11 @@ def _service(name: str, settings: Mapping[str, Any]) -> Place:
         raise ConfigError(f"--report-to {name} needs the package {name}; pip install it") from error
 
 
-def _files(log_dir: str | None, first_step: int) -> Sequence[Place]:
+def _files(log_dir: str | None) -> Sequence[Place]:
     if log_dir is None:
         return ()
     directory = Path(log_dir)
-    return (JsonLines(directory, first_step), TensorBoard(directory, first_step))
+    return (JsonLines(directory), TensorBoard(directory))
 
 
 def _write(places: Sequence[Place], record: Record) -> None:

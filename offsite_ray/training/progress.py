@@ -108,6 +108,12 @@ class Progress:
         self._seconds = 0.0
         self._peak_memory = 0
 
+    @property
+    def earlier(self) -> tuple[StepRecord | EvalRecord, ...]:
+        """Every record so far, in the order of the steps."""
+        records: list[StepRecord | EvalRecord] = [*self.steps, *self.evaluations]
+        return tuple(sorted(records, key=lambda record: record.step))
+
     def add(self, record: StepRecord | EvalRecord) -> None:
         """Keep a record and report it."""
         if isinstance(record, StepRecord):
