@@ -261,6 +261,25 @@ def test_distillations_that_are_behind_are_stopped_and_controls_are_not(
     assert again.num_stopped == result.num_stopped
 
 
+def test_what_was_measured_before_an_interrupt_is_a_result(loop: Loop, tmp_path: Path) -> None:
+    class Interrupting(Seen):
+        def ended(self, record: Record) -> None:
+            super().ended(record)
+            if len(self.records) == 4:
+                raise KeyboardInterrupt
+
+    config = a_config(loop, tmp_path / "out", space={**SPACE, "any_of": SPACE["any_of"][:1]})
+    told: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        sweep(config, told.append, lambda _: Interrupting())
+    assert told[-1] == "1 jobs are left; the same command goes on with them"
+    rows = pq.read_table(tmp_path / "out" / "results.parquet").to_pylist()
+    assert len(rows) == 4
+    assert (tmp_path / "out" / "winner" / "recipe.yaml").is_file()
+    _, seen = run(config)
+    assert len(seen.begun) == 1
+
+
 def test_what_is_shared_is_made_once(tmp_path: Path) -> None:
     made: list[Path] = []
 

@@ -66,6 +66,30 @@ def test_a_trial_whose_distillation_wants_ray_train_is_its_driver(
     assert len({step for _, step in seen.losses}) == 2
 
 
+def test_tune_stops_distillations_that_are_behind(
+    ray_cluster: None, loop: Loop, tmp_path: Path
+) -> None:
+    space = {
+        "compress": {"plan": "adapter=0,5 emulator=2,3"},
+        "distill": {"max_steps": 9, "eval_every": 1, "batch_size": 2, "lm_weight": 0.0,
+                    "learning_rate": [1e-2, 1e-8, 1e-9, 1e-10]},
+        "finetune": SPACE["finetune"],
+    }  # fmt: skip
+    config = a_config(
+        loop, tmp_path / "out", space=space, early_stop=True, grace_steps=3, reduction_factor=2,
+        max_concurrent=2,
+    )  # fmt: skip
+    result, _ = run(config)
+    stopped = [row for row in table(result) if row["status"] == "stopped"]
+    assert 0 < len(stopped) == result.num_stopped <= 4
+    assert result.num_failed == 0
+    assert all(row["control"] is None and row["plug_in_nats"] is None for row in stopped)
+    left = [p for r in stopped for p in Folders(tmp_path / "out").of(r["id"]).glob("*bundle*")]
+    assert left == []
+    _, seen = run(config)
+    assert seen.begun == []
+
+
 def offsite_ray(loop: Loop, out: Path, **changes: Any) -> subprocess.Popen[str]:
     """Start a sweep as a user does; its process is the leader of a group of its own."""
     config = {

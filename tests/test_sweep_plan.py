@@ -22,6 +22,7 @@ from offsite_ray.tune.space import (
     Range,
     draw,
     grid,
+    may_distil,
     parse_space,
     settings_of,
     stage_fields,
@@ -234,6 +235,16 @@ def test_the_presets_are_the_papers() -> None:
     assert {p["compress.plan"] for p in methods} == {"2-8-2"}
     with pytest.raises(ConfigError, match="needs 6"):
         PRESETS["figure4"].variants(5)
+
+
+def test_a_preset_keeps_what_it_does_not_distil() -> None:
+    changed = {"finetune": FINETUNE, "distill": {"max_steps": 7}}
+    points = grid(parse_space(changed, PRESETS["table4"].variants(24)))
+    assert [p["distill.max_steps"] for p in points] == [0, 7, 7, 7]
+    assert len({p.get("distill.hidden_weight") for p in points[1:]}) == 2
+    variants = space(distill={"max_steps": [0], "lm_weight": 0.5})
+    assert not any(map(may_distil, variants))
+    assert all(map(may_distil, space(distill={"max_steps": [0, 5]})))
 
 
 def test_a_loss_is_behind_where_it_is_not_among_the_best_third() -> None:

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from offsite_ray.tune.halving import Halving
     from offsite_ray.tune.search import Source
 
-_STEP, _LOSSES = "distill_step", "losses"
+_STEP, _LOSS = "distill_step", "held_out/"
+"""Keys of what a trial reports: the steps done, and before the name of each part of the loss."""
 
 _ENVIRONMENT = {
     # Its own files of results, and the report of them, beside those of the sweep.
@@ -80,7 +81,7 @@ def run_on_tune(
         tuner = tune.Tuner(
             tune.with_resources(_trial, {"CPU": config.num_cpus, "GPU": config.num_gpus}),
             tune_config=tune.TuneConfig(
-                search_alg=_Jobs(source, shared),
+                search_alg=_Jobs(source, shared, config.num_cpus),
                 scheduler=_Stopper(halving),
                 num_samples=-1,
                 max_concurrent_trials=concurrency(config, workers_per_trial),
@@ -129,25 +130,31 @@ def _trial(given: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(max(1, int(given["num_cpus"])))
 
     def tell(step: int, losses: Mapping[str, float]) -> None:
-        tune.report({_STEP: step, _LOSSES: dict(losses)})
+        tune.report({_STEP: step, **{f"{_LOSS}{name}": loss for name, loss in losses.items()}})
 
     with last_words_kept(job, shared):
         return {_STEP: 0, "status": try_job(job, shared, tell)["status"]}
 
 
+def _losses(result: Mapping[str, Any]) -> dict[str, float]:
+    """Return the held-out losses that a trial reported; none where it only said that it ended."""
+    return {n.removeprefix(_LOSS): v for n, v in result.items() if n.startswith(_LOSS)}
+
+
 class _Jobs(Searcher):
     """Gives Tune the jobs of a source."""
 
-    def __init__(self, source: Source, shared: Shared) -> None:
+    def __init__(self, source: Source, shared: Shared, num_cpus: float) -> None:
         super().__init__()
-        self._source, self._shared = source, shared.to_plain()
+        self._source, self._num_cpus = source, num_cpus
+        self._shared = shared.to_plain()
 
     def suggest(self, trial_id: str) -> Any:
         """Return the next job, None for now, or that there are no more."""
         job = self._source.next()
         if job is None:
             return Searcher.FINISHED if self._source.exhausted else None
-        return {"job": job.to_plain(), "shared": self._shared, "num_cpus": 1}
+        return {"job": job.to_plain(), "shared": self._shared, "num_cpus": self._num_cpus}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """Learn nothing here: records are read from their files."""
@@ -168,7 +175,7 @@ class _Stopper(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Return whether a trial goes on."""
-        losses = result.get(_LOSSES)
+        losses = _losses(result)
         if self._halving is None or not losses:
             return TrialScheduler.CONTINUE
         job = Job.from_plain(trial.config["job"])
@@ -193,9 +200,9 @@ class _Follower(tune.Callback):
         self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Tell of an evaluation of a distillation."""
-        if result.get(_LOSSES) and not result.get("done"):
-            job = Job.from_plain(trial.config["job"])
-            self._watch.evaluated(job, result[_STEP], result[_LOSSES])
+        losses = _losses(result)
+        if losses and not result.get("done"):
+            self._watch.evaluated(Job.from_plain(trial.config["job"]), result[_STEP], losses)
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Tell of a trial that has ended: by itself, or stopped early."""

@@ -37,7 +37,7 @@ from offsite_ray.tune.plan import Planner
 from offsite_ray.tune.presets import PRESETS
 from offsite_ray.tune.recipe import prune_bundles, write_winner
 from offsite_ray.tune.search import Listed, Suggested
-from offsite_ray.tune.space import draw, grid, parse_space, stage_fields
+from offsite_ray.tune.space import draw, grid, may_distil, parse_space, stage_fields
 from offsite_ray.tune.table import rows_of, summaries, write_table
 from offsite_ray.tune.tensorboard import TensorBoardToo
 from offsite_ray.tune.trial import Shared
@@ -147,11 +147,16 @@ def sweep(config: SweepConfig, notice: Notice, watching: Callable[[Sweep], Watch
     check_parent(root / "sweep")
     with alone(root / ".lock", wait=False):
         planned = plan_sweep(config, root, notice)
-        _run(planned, TensorBoardToo(planned.folders.tensorboard, watching(planned)), notice)
+        watch = TensorBoardToo(planned.folders.tensorboard, watching(planned))
+        try:
+            whole = _run(planned, watch, notice)
+        except KeyboardInterrupt:
+            whole = False
         result = finish(planned, time.perf_counter() - start)
     left = num_left(planned)
-    if left:
-        notice(f"{left} jobs are left; the same command goes on with them")
+    if left or not whole:
+        number = f"{left} jobs are" if left else "some jobs are"
+        notice(f"{number} left; the same command goes on with them")
         raise KeyboardInterrupt
     return result
 
@@ -175,7 +180,7 @@ def plan_sweep(config: SweepConfig, root: Path, notice: Notice) -> Sweep:
     if config.search != "optuna":
         points = grid(variants) if config.search == "grid" else draw(variants, 1, config.seed)
         planner.jobs(points)
-    if any("distill" in str(name) for v in variants for name in v) and not config.public:
+    if any(map(may_distil, variants)) and not config.public:
         raise ConfigError("the space distils; give the text for it as public: [FILE]")
     context_length(model_config, config.seq_len)
     _check_same(config, folders)
@@ -240,7 +245,8 @@ def _check_same(config: SweepConfig, folders: Folders) -> None:
     write_json(folders.settings, plain)
 
 
-def _run(planned: Sweep, watch: Watch, notice: Notice) -> None:
+def _run(planned: Sweep, watch: Watch, notice: Notice) -> bool:
+    """Run what is left; return whether every job was given out."""
     config, folders = planned.config, planned.folders
     known = {r["id"]: r for r in folders.records() if r["status"] != FAILED}
     if known:
@@ -263,6 +269,7 @@ def _run(planned: Sweep, watch: Watch, notice: Notice) -> None:
         from offsite_ray.tune.on_ray import run_on_tune
 
         run_on_tune(source, planned.shared, watch, halving, config, planned.workers_per_trial)
+    return source.exhausted
 
 
 def _source(planned: Sweep, known: dict[str, Any]) -> Source:

@@ -41,6 +41,8 @@ _GIVEN = frozenset(
 )  # fmt: skip
 """Fields that the sweep sets itself, or that make trials incomparable."""
 
+_STEPS = "distill.max_steps"
+
 _MOST_POINTS = 100_000
 """Points of a grid, above which it is a mistake."""
 
@@ -95,10 +97,18 @@ def parse_space(plain: Mapping[str, Any], over: Sequence[Mapping[str, Any]] = ()
             variant: Variant = {}
             for part in (start, rest, alternative):
                 variant |= _knobs(part)
+            if start.get("distill", {}).get("max_steps") == 0:
+                # A preset's emulator that is not distilled, whatever is said of the others.
+                variant[_STEPS] = (0,)
             if "compress.plan" not in variant:
                 raise ConfigError("the space has no compress.plan; give one, e.g. plan: [2-8-2]")
             variants.append(variant)
     return variants
+
+
+def may_distil(variant: Variant) -> bool:
+    """Return whether some point of a variant distils."""
+    return any(name.startswith("distill.") for name in variant) and variant.get(_STEPS) != (0,)
 
 
 def grid(variants: Sequence[Variant]) -> list[Point]:
