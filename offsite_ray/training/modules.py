@@ -67,6 +67,8 @@ def set_dtypes(module: torch.nn.Module, frozen: torch.dtype) -> None:
 def enable_checkpointing(model: Any) -> None:
     """Recompute activations in the backward pass of a transformers model."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # Only reentrant recomputation needs gradients from the embeddings on, which it enables.
+    model.disable_input_require_grads()
     model.train()  # transformers only recomputes in training mode; there is no dropout to wake
 
 
