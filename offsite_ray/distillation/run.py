@@ -43,10 +43,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from offsite_ray.bundle import Manifest
     from offsite_ray.config import DistillConfig
     from offsite_ray.data import PreparedData
     from offsite_ray.distillation.cache import CacheTask, Fill
-    from offsite_ray.emulator import FullModel
+    from offsite_ray.full_model import FullModel
+    from offsite_ray.training import TrainingOutcome
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,30 +114,46 @@ def distill(
         )
         task = replace(task, flops_per_token=_flops_per_token(task, full, bundle))
         outcome = fit(task, config, run_dir, report)
-        history = outcome.history
-        last = history.result_evaluation or history.evaluations[-1]
-        recipe = recipe_of(
-            config,
-            data=task.data.digest,
-            losses=list(task.loss_weights),
-            changes=history.changes,
-            **packed,
-        )
-        measured = {
-            "distillation_seconds": history.seconds,
-            "distillation_peak_memory_bytes": history.peak_memory_bytes,
-            "distillation_losses": dict(last.losses),
-        }
-        tensors = _bundle_state(bundle, task, outcome.state)
-        manifest = write_distilled(bundle, tensors, out, recipe, measured)
+        manifest = _write(bundle, task, outcome, out, packed)
+    history = outcome.history
     return DistillResult(
         out=config.out,
         id=manifest.id,
         first_losses=history.evaluations[0].losses,
-        last_losses=last.losses,
+        last_losses=_result_losses(history),
         history=history,
         seconds=time.perf_counter() - start,
     )
+
+
+def _result_losses(history: TrainingHistory) -> Mapping[str, float]:
+    """Return the held-out losses of the weights that are the result."""
+    return (history.result_evaluation or history.evaluations[-1]).losses
+
+
+def _write(
+    bundle: EmulatorBundle,
+    task: DistillTask,
+    outcome: TrainingOutcome,
+    out: Path,
+    packed: Mapping[str, Any],
+) -> Manifest:
+    """Write the bundle with what was trained, and how."""
+    history = outcome.history
+    recipe = recipe_of(
+        task.config,
+        data=task.data.digest,
+        losses=list(task.loss_weights),
+        changes=history.changes,
+        **packed,
+    )
+    measured = {
+        "distillation_seconds": history.seconds,
+        "distillation_peak_memory_bytes": history.peak_memory_bytes,
+        "distillation_losses": dict(_result_losses(history)),
+    }
+    tensors = _bundle_state(bundle, task, outcome.state)
+    return write_distilled(bundle, tensors, out, recipe, measured)
 
 
 def _told_of_packing(bundle: EmulatorBundle, notice: Notice | None) -> dict[str, Any]:
