@@ -205,6 +205,10 @@ def _import_everything(setting: Setting) -> None:
     if _num_workers(setting):
         import deepspeed
 
+        from offsite_ray.train.extension import build_extension
+
+        if setting.device == "cpu":
+            build_extension()
         deepspeed.init_distributed("nccl" if setting.device == "cuda" else "gloo", verbose=False)
 
 

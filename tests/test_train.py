@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from offsite_ray.errors import ConfigError, DataError, OffsiteError, StorageErro
 from offsite_ray.finetuning import finetune
 from offsite_ray.results import EvalRecord, RunStart, StepRecord, TrainingHistory, to_plain
 from offsite_ray.train import run_on_ray
+from offsite_ray.train.extension import _drop_left
 from offsite_ray.train.run import following, may_be_mended, worker_error
 from offsite_ray.train.worker import metrics_for_ray, own_threads, write_result
 from offsite_ray.training import TrainingOutcome, run_here
@@ -342,3 +344,16 @@ def test_the_extension_is_built_whatever_a_killed_build_left(
     line = build(tmp_path, **environ)
     assert line.startswith(said)
     assert ("install a C++ compiler" in line) == (said != "built")
+
+
+def test_the_lock_of_a_build_that_goes_on_is_left(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    lock.touch()
+    os.utime(lock, (10**9, 10**9))
+    with subprocess.Popen(["sleep", "3"], cwd=tmp_path) as ninja:
+        started = time.monotonic()
+        _drop_left(lock)
+        assert ninja.poll() is not None, "waited for"
+    assert not lock.exists()
+    assert time.monotonic() - started > 1
+    _drop_left(lock)  # none is there

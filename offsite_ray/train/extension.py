@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,9 @@ from offsite_ray.errors import TrainingError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+_SECONDS_TO_START = 5.0
+"""Most that torch takes from its lock to the start of a compiler."""
 
 
 def build_extension() -> None:
@@ -26,9 +30,7 @@ def build_extension() -> None:
 
     directory = Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
     with _locked(directory):
-        # Torch waits for this file to go, without end. Who holds the lock knows that it is left
-        # by a process that was killed.
-        (directory / "lock").unlink(missing_ok=True)
+        _drop_left(directory / "lock")
         try:
             build_shm_op()
         except Exception as error:  # of torch, of a compiler, of what was compiled
@@ -36,6 +38,26 @@ def build_extension() -> None:
                 f"DeepSpeed's extension cannot be compiled: {first_line(error)}; install a C++ "
                 "compiler (g++) and ninja on every node"
             ) from error
+
+
+def _drop_left(lock: Path) -> None:
+    """Remove the file that torch waits for without end, if a process that was killed left it.
+
+    Who compiles without our lock, another program with DeepSpeed, is waited for.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        while time.time() - lock.stat().st_mtime < _SECONDS_TO_START or _is_compiling(lock.parent):
+            time.sleep(_SECONDS_TO_START / 10)
+        lock.unlink()
+
+
+def _is_compiling(directory: Path) -> bool:
+    """Return whether a process of this machine works in a directory, as ninja does."""
+    for cwd in Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):  # gone, or another user's
+            if cwd.readlink() == directory:
+                return True
+    return False
 
 
 @contextlib.contextmanager
