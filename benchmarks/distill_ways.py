@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from benchmarks.measure import NUM_ROWS, memory, random_rows
+from benchmarks.measure import NUM_ROWS, random_rows
+from benchmarks.memory import memory
 from offsite_ray.architectures import load_config, load_model, model_class
 from offsite_ray.config import DistillConfig
 from offsite_ray.data import PreparedData

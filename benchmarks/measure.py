@@ -13,12 +13,12 @@ import json
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 
+from benchmarks.memory import memory
 from offsite_ray.architectures import load_config, model_class
 from offsite_ray.config import FinetuneConfig
 from offsite_ray.data import PreparedData, TokenBlocks
@@ -216,18 +216,6 @@ def _run(engine: TimedEngine, task: RandomRows) -> tuple[list[dict[str, float]],
         steps.append({"data": total - sum(engine.seconds.values()), **engine.seconds})
         losses.append(record.losses["loss"])
     return steps, losses
-
-
-def memory(device: torch.device, *, peak: bool) -> int:
-    """Return the bytes in use: now, or the most so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-    status = Path("/proc/self/status")
-    if not status.exists():
-        raise SystemExit("memory of a process is read from /proc, which only Linux has")
-    # Unlike getrusage, of this program alone: not of the one that started it.
-    lines = dict(line.split(":", 1) for line in status.read_text("ascii").splitlines())
-    return int(lines["VmHWM" if peak else "VmRSS"].split()[0]) * 1024
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.memory import memory
 from offsite_ray.architectures import load_config, model_class
 from offsite_ray.config import DistillConfig, FinetuneConfig
 from offsite_ray.data import PreparedData
@@ -218,18 +219,6 @@ def _engine(setting: Setting, task: Any) -> Any:
     from offsite_ray.train.engine import DeepSpeedEngine
 
     return DeepSpeedEngine(task, task.config)
-
-
-def memory(device: torch.device, *, peak: bool) -> int:
-    """Return the bytes in use: now, or the most so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-    status = Path("/proc/self/status")
-    if not status.exists():
-        raise SystemExit("memory of a process is read from /proc, which only Linux has")
-    # Unlike getrusage, of this program alone: not of the one that started it.
-    lines = dict(line.split(":", 1) for line in status.read_text("ascii").splitlines())
-    return int(lines["VmHWM" if peak else "VmRSS"].split()[0]) * 1024
 
 
 if __name__ == "__main__":

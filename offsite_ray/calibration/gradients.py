@@ -8,10 +8,7 @@ and each inner channel.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import weakref
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +22,7 @@ from offsite_ray.architectures import (
     stored_alone,
 )
 from offsite_ray.bundle import TensorDirectory, atomic_file, specs, write_file
+from offsite_ray.calibration.files import block_files
 from offsite_ray.compression import MatrixStatistics
 from offsite_ray.compression.gradient_preserving import (
     ScoredMatrix,
@@ -36,6 +34,7 @@ from offsite_ray.training.batches import sum_cross_entropy
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -66,15 +65,9 @@ class GradientScores:
             blocks: Those whose matrices are wanted.
             folder: Where the scores are kept and looked for; None: as long as this object is.
         """
-        if folder is None:
-            folder = Path(tempfile.mkdtemp())
-            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        files = {index: folder / f"block-{index:05}.safetensors" for index in blocks}
-        missing = {index: file for index, file in files.items() if not file.is_file()}
-        if missing:
-            _write(full, batches, missing)
+        files = block_files(self, blocks, folder, partial(_write, full, batches))
         self._found: dict[str, MatrixStatistics] = {}
-        for file in files.values():
+        for file in files:
             self._found |= _read(file)
 
     def __contains__(self, name: str) -> bool:

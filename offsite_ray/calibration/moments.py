@@ -9,19 +9,18 @@ the square of its inner width.
 from __future__ import annotations
 
 import contextlib
-import shutil
-import tempfile
-import weakref
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from offsite_ray.architectures import linear_layers, stored_alone
 from offsite_ray.bundle import TensorDirectory, atomic_file, specs, write_file
+from offsite_ray.calibration.files import block_files
 from offsite_ray.calibration.forward import blockwise_forward
 from offsite_ray.compression import MatrixStatistics
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from torch import Tensor, nn
 
@@ -49,15 +48,9 @@ class InputMoments:
             blocks: Those whose layers are wanted.
             folder: Where they are kept and looked for; None: as long as this object is.
         """
-        if folder is None:
-            folder = Path(tempfile.mkdtemp())
-            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        files = {index: folder / f"block-{index:05}.safetensors" for index in blocks}
-        missing = {index: file for index, file in files.items() if not file.is_file()}
-        if missing:
-            _write(full, batches, missing)
+        files = block_files(self, blocks, folder, partial(_write, full, batches))
         self._found: dict[str, tuple[TensorDirectory, str]] = {}
-        for file in files.values():
+        for file in files:
             weights = TensorDirectory([file])
             for joined in weights.tensors:
                 self._found |= dict.fromkeys(joined.split(_SEVERAL), (weights, joined))

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from offsite_ray.architectures import block_kinds, check_separable
 from offsite_ray.calibration import Calibration, calibrate
-from offsite_ray.compression import parse_compression
 from offsite_ray.errors import ConfigError, PlanError
 from offsite_ray.selection import nearest_kept, selection_method
 from offsite_ray.split import SplitPlan, parse_plan
@@ -42,11 +41,6 @@ def choose_blocks(full: FullModel, config: CompressConfig, notice: Notice | None
         FamilyError: The model cannot be cut so.
     """
     method = selection_method(config.select)
-    if config.calibration and not (method.needs_text or parse_compression(config.compress).needs):
-        raise ConfigError(
-            f"--calibration is for methods that look at text, and neither --select {config.select} "
-            f"nor --compress {config.compress} does; leave it out, or choose another method"
-        )
     recipe: dict[str, Any] = {}
 
     def select(middle: Sequence[int], num_kept: int) -> Sequence[int]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from offsite_ray.calibration import calibrate
 from offsite_ray.compression import MatrixStatistics
 from offsite_ray.errors import ConfigError
+from offsite_ray.selection import selection_method
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -21,11 +22,21 @@ if TYPE_CHECKING:
 
 
 def check_text(compression: Compression, config: CompressConfig) -> None:
-    """Refuse a compression that needs text where there is none; raise :class:`ConfigError`."""
+    """Refuse a compression that needs text where there is none, and text that nobody needs.
+
+    Raises:
+        ConfigError: It is so.
+    """
     if compression.needs and not config.calibration:
         raise ConfigError(
             f"--compress {compression.text} looks at what the full model does with text; give some "
             "with --calibration FILE"
+        )
+    needed = compression.needs or selection_method(config.select).needs_text
+    if config.calibration and not needed:
+        raise ConfigError(
+            f"--calibration is for methods that look at text, and neither --select {config.select} "
+            f"nor --compress {config.compress} does; leave it out, or choose another method"
         )
 
 

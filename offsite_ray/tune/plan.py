@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import blake3
 
 from offsite_ray.config import DistillConfig
 from offsite_ray.errors import ConfigError
-from offsite_ray.selection import SELECTION_METHODS, uniform
+from offsite_ray.selection import selection_method, uniform
 from offsite_ray.split import SplitPlan, parse_plan
 from offsite_ray.tune.space import Point, Value, settings_of, without_defaults
 
@@ -143,27 +143,21 @@ def controls(plan: SplitPlan) -> dict[str, dict[str, Value]]:
     """Return the fields of compress of the controls of a plan; none where nothing is dropped."""
     if plan.keeps_every_block or not plan.emulator:
         return {}
-    kept, middle = len(plan.emulator), plan.middle
-    drops = {"uniform": tuple(uniform(middle, kept)), "tail": middle[:kept]}
-    # Where the adapter blocks are a bottom and a top run, the short form says the same for all.
-    short = plan.short if len(plan.segments) == 1 else None
     found: dict[str, dict[str, Value]] = {}
-    for name, emulator in drops.items():
-        if short is not None and name in SELECTION_METHODS:
-            found[name] = without_defaults("compress", {"plan": short, "select": name})
+    for name in ("uniform", "tail"):
+        # Where the adapter blocks are a bottom and a top run, the short form says the same for all.
+        if len(plan.segments) == 1:
+            fields: dict[str, Value] = {"plan": plan.short, "select": name}
         else:
-            found[name] = {"plan": explicit(plan.adapter, emulator)}
+            kept = selection_method(name).choose(plan.middle, len(plan.emulator), None)
+            fields = {"plan": replace(plan, emulator=tuple(kept)).spelled_out}
+        found[name] = without_defaults("compress", fields)
     return found
 
 
 def keeps_all(plan: SplitPlan) -> str:
     """Return the text of the plan of the bound: the same adapter blocks, nothing dropped."""
-    return explicit(plan.adapter, plan.middle)
-
-
-def explicit(adapter: Sequence[int], emulator: Sequence[int]) -> str:
-    """Return a plan block by block."""
-    return f"adapter={','.join(map(str, adapter))} emulator={','.join(map(str, emulator))}"
+    return replace(plan, emulator=plan.middle).spelled_out
 
 
 def check_settings(settings: Settings) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.compression import COMPRESSION_METHODS
 from offsite_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,18 +44,13 @@ def _compression(num_blocks: int) -> list[Mapping[str, Any]]:
     """Two adapter blocks at each end; the middle dropped, pruned or quantized, more and more."""
     middle = _middle(num_blocks)
     kept = sorted({max(1, round(middle * share / 10)) for share in range(1, 11)}, reverse=True)
-    variants: list[Mapping[str, Any]] = [
-        {"compress": {"plan": [f"2-{number}-2" for number in kept]}}
-    ]
     ratios = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-    lossy = {
-        "prune": [f"prune:{ratio}" for ratio in ratios],
-        "quantize": [f"quantize:{bits}" for bits in range(8, 0, -1)],
-    }
-    for method, texts in lossy.items():
-        if method in COMPRESSION_METHODS:
-            variants.append({"compress": {"plan": f"2-{middle}-2", "compress": texts}})
-    return variants
+    whole = f"2-{middle}-2"
+    return [
+        {"compress": {"plan": [f"2-{number}-2" for number in kept]}},
+        {"compress": {"plan": whole, "compress": [f"prune:{ratio}" for ratio in ratios]}},
+        {"compress": {"plan": whole, "compress": [f"quantize:{n}" for n in range(8, 0, -1)]}},
+    ]
 
 
 def _distillation(num_blocks: int) -> list[Mapping[str, Any]]:
