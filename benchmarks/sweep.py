@@ -5,14 +5,18 @@
     python benchmarks/sweep.py --steps 2 --results runs        only shows that it runs
 
 The trials differ in their seed alone. Each way is a process of its own, with a directory of its
-own; "one process" runs the trials one after the other, with as many threads as torch takes.
+own; "one process" runs the trials one after the other, with one thread or with all. Memory is that
+of trials of a larger model with random weights, so that an emulator stands out from what Python,
+torch and the arithmetic take; they train a LoRA, because what trains has gradients and moments too.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,9 +31,11 @@ from typing import TYPE_CHECKING, Any
 # A script's own folder is all that Python would look in.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.checkpoints import CHECKPOINTS, write_checkpoint
 from benchmarks.machine import ROOT, commit, machine
 from benchmarks.page import put
 from benchmarks.sweep_page import BEGIN, tables
+from offsite_ray.architectures import load_tokenizer
 from offsite_ray.results import to_plain
 
 if TYPE_CHECKING:
@@ -46,22 +52,27 @@ _SAMPLE_SECONDS = 0.1
 class Job:
     """One way to run the trials."""
 
+    of: str
+    """What it is measured for: ``time`` or ``memory``."""
     concurrent: int
     """Trials at a time on Ray Tune; 0: one after the other in this process."""
+    threads: int
+    """Of a process without Ray; a trial of Tune has one for each of its CPUs."""
     model: str
-    plan: str
     text: str
     out: str
     num_trials: int
-    steps: int
-    """Of distillation and of fine-tuning."""
+    space: Mapping[str, Any]
+    """Of the sweep, a single point."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """What a way took."""
 
+    of: str
     concurrent: int
+    threads: int
     seconds: float
     """From the start of its process to its end."""
     first_trial_seconds: float
@@ -119,11 +130,7 @@ def measure(job: Job, start: float) -> Run:
     config = SweepConfig(
         model=job.model, private=(train,), public=(train,), text=(test,), out=job.out,
         seq_len=128, dtype="bf16", seeds=job.num_trials, max_concurrent=job.concurrent,
-        space={
-            "compress": {"plan": job.plan},
-            "distill": {"max_steps": job.steps, "learning_rate": 1e-3, "eval_fraction": 0.01},
-            "finetune": {"max_steps": job.steps, "eval_fraction": 0.01},
-        },
+        space=job.space,
     )  # fmt: skip
     begun: list[float] = []
 
@@ -149,7 +156,9 @@ def measure(job: Job, start: float) -> Run:
     assert [record["status"] for record in records] == ["finished"] * job.num_trials
     found = records[0]["found"]
     return Run(
+        of=job.of,
         concurrent=job.concurrent,
+        threads=job.threads,
         seconds=time.time() - start,
         first_trial_seconds=begun[0],
         trial_seconds=statistics.median(record["seconds"]["all"] for record in records),
@@ -173,8 +182,7 @@ def in_own_process(job: Job) -> Run:
     """Run a way in a process of its own."""
     start = time.time()
     words = [sys.executable, __file__, "--job", json.dumps(asdict(job)), "--start", str(start)]
-    # One thread for each trial of two, all of them for trials that are alone.
-    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    env = {**os.environ, "OMP_NUM_THREADS": str(job.threads)}
     # As the command line sets it: threads that spin are slow where another process has the core.
     env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=env)
@@ -187,6 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default=str(_default_model()))
     parser.add_argument("--text", default=str(_default_text()))
     parser.add_argument("--plan", default="2-4-2")
+    parser.add_argument("--hidden", type=int, default=1536, help="width of the larger model")
     parser.add_argument("--trials", type=int, default=_NUM_TRIALS)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=1)
@@ -199,14 +208,13 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(asdict(run)))
         return 0
     runs = []
-    for _ in range(args.rounds):
-        for concurrent in (0, 1, 2):
-            with tempfile.TemporaryDirectory() as work:
-                job = Job(
-                    concurrent=concurrent, model=args.model, plan=args.plan, text=args.text,
-                    out=str(Path(work) / "out"), num_trials=args.trials, steps=args.steps,
-                )  # fmt: skip
-                runs.append(in_own_process(job))
+    with tempfile.TemporaryDirectory() as work:
+        jobs = [*_timed(args), *_weighed(args, Path(work) / "large")] * args.rounds
+        for number, job in enumerate(jobs):
+            folder = Path(work) / str(number)
+            folder.mkdir()
+            runs.append(in_own_process(dataclasses.replace(job, out=str(folder / "out"))))
+            shutil.rmtree(folder)
             print(runs[-1], file=sys.stderr, flush=True)
     result = _result(args, runs)
     args.results.mkdir(parents=True, exist_ok=True)
@@ -217,6 +225,44 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _timed(args: argparse.Namespace) -> list[Job]:
+    """Return every way to run the trials that are timed."""
+    training = {"max_steps": args.steps, "eval_fraction": 0.01}
+    job = Job(
+        of="time", concurrent=0, threads=1, model=args.model, text=args.text, out="",
+        num_trials=args.trials,
+        space={
+            "compress": {"plan": args.plan},
+            "distill": {**training, "learning_rate": 1e-3},
+            "finetune": training,
+        },
+    )  # fmt: skip
+    every = dataclasses.replace(job, threads=os.cpu_count() or 1)
+    return [job, every, *(dataclasses.replace(job, concurrent=count) for count in (1, 2))]
+
+
+def _weighed(args: argparse.Namespace, model: Path) -> list[Job]:
+    """Return the ways to run the trials whose memory is measured; their model is written."""
+    shape = CHECKPOINTS["llama-2-7b"]
+    sizes = {
+        "vocab_size": load_tokenizer(args.model).vocab_size, "hidden_size": args.hidden,
+        "intermediate_size": args.hidden * 11 // 4, "num_hidden_layers": 16,
+        "num_attention_heads": 4, "max_position_embeddings": 512,
+    }  # fmt: skip
+    write_checkpoint(dataclasses.replace(shape, config=sizes), model)
+    for file in Path(args.model).glob("tokenizer*"):
+        shutil.copy(file, model)
+    job = Job(
+        of="memory", concurrent=1, threads=1, model=str(model), text=args.text, out="",
+        num_trials=4,
+        space={
+            "compress": {"plan": args.plan},
+            "finetune": {"method": "lora", "max_steps": 2, "batch_size": 1, "eval_fraction": 0.01},
+        },
+    )  # fmt: skip
+    return [job, dataclasses.replace(job, concurrent=2)]
+
+
 def _result(args: argparse.Namespace, runs: list[Run]) -> Mapping[str, Any]:
     plain: Mapping[str, Any] = to_plain(
         {
@@ -224,6 +270,7 @@ def _result(args: argparse.Namespace, runs: list[Run]) -> Mapping[str, Any]:
             "model": Path(args.model).name,
             "plan": args.plan,
             "num_trials": args.trials,
+            "hidden": args.hidden,
             "steps": args.steps,
             "runs": runs,
             "commit": commit(),

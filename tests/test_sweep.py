@@ -12,73 +12,20 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 import pytest
 
-from offsite_ray.config import SweepConfig
 from offsite_ray.emulator import open_bundle
 from offsite_ray.errors import OffsiteError, StorageError
+from offsite_ray.results import SETTINGS
 from offsite_ray.tune import SweepResult, sweep
-from offsite_ray.tune.attempts import Silent
 from offsite_ray.tune.folders import Folders, once
 from offsite_ray.tune.table import COLUMNS
+from tests.sweeps import SPACE, Seen, a_config, run, table
+from tests.tensorboard_events import points
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
+    from offsite_ray.config import SweepConfig
     from offsite_ray.tune.folders import Record
     from offsite_ray.tune.plan import Job
     from tests.loops import Loop
-
-SPACE: dict[str, Any] = {
-    "any_of": [
-        {"compress": {"plan": "1-2-1"}},
-        {
-            "compress": {"plan": "adapter=0,2,5 emulator=4"},
-            "distill": {"max_steps": 2, "batch_size": 2},
-        },
-    ],
-    "finetune": {"max_steps": 2, "batch_size": 2, "learning_rate": 3e-3},
-}
-
-
-class Seen(Silent):
-    """Remembers what it is told."""
-
-    def __init__(self) -> None:
-        self.begun: list[str] = []
-        self.losses: list[tuple[str, int]] = []
-        self.records: list[Record] = []
-
-    def started(self, job: Job) -> None:
-        self.begun.append(job.id)
-
-    def evaluated(self, job: Job, step: int, losses: Mapping[str, float]) -> None:
-        self.losses.append((job.id, step))
-
-    def ended(self, record: Record) -> None:
-        self.records.append(record)
-
-
-def a_config(loop: Loop, out: Path, **changes: Any) -> SweepConfig:
-    values: dict[str, Any] = {
-        "model": str(loop.model),
-        "private": (str(loop.text),),
-        "public": (str(loop.rows),),
-        "text": (str(loop.text),),
-        "out": str(out),
-        "seq_len": 16,
-        "space": SPACE,
-        "max_concurrent": 0,
-    }
-    return SweepConfig(**{**values, **changes})
-
-
-def run(config: SweepConfig) -> tuple[SweepResult, Seen]:
-    seen = Seen()
-    return sweep(config, lambda _: None, lambda _: seen), seen
-
-
-def table(result: SweepResult) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pq.read_table(result.table).to_pylist()
-    return rows
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +80,25 @@ def test_the_gaps_of_a_row_are_those_of_its_own_seed_and_placement(
         assert row["bundle_bytes"] < row["full_model_bytes"]
         assert row["distill_steps"] in (0, 2)
         assert (row["distill_loss"] is None) == (row["distill_steps"] == 0)
+
+
+def test_tensorboard_has_a_run_of_every_job_with_the_numbers_of_the_table(
+    done: tuple[SweepConfig, SweepResult, Seen],
+) -> None:
+    config, result, seen = done
+    runs = Folders(Path(config.out)).tensorboard
+    assert {path.name for path in runs.iterdir()} == set(seen.begun)
+    for row in table(result):
+        found = points(runs / row["id"])
+        for setting in SETTINGS:
+            nats, name = row[f"{setting}_nats"], f"nats_per_token/{setting}"
+            if row["role"] == "emulator" and setting in ("plug_in", "emulator_fine_tuned"):
+                ((step, value),) = found[name]
+                assert step == row["distill_steps"]
+                assert value == pytest.approx(nats, rel=1e-6)
+        steps = [step for job, step in seen.losses if job == row["id"]]
+        assert [step for step, _ in found.get("distill/loss", [])] == steps
+    assert seen.losses
 
 
 def test_a_plug_in_is_that_of_the_verbs(done: tuple[SweepConfig, SweepResult, Seen]) -> None:

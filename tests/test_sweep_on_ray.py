@@ -18,7 +18,7 @@ import pytest
 from offsite_ray.tune import sweep
 from offsite_ray.tune.folders import Folders
 from tests.conftest import ROOT
-from tests.test_sweep import Seen, a_config, run, table
+from tests.sweeps import Seen, a_config, run, table
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -21,7 +21,7 @@ from offsite_ray.tune.attempts import Silent
 from offsite_ray.tune.front import chosen, dominates, front, how_much_to_distil, most_worth, worth
 from offsite_ray.tune.table import COLUMNS, Summary, summaries, write_table
 from tests.conftest import ROOT
-from tests.test_sweep import a_config
+from tests.sweeps import a_config
 
 if TYPE_CHECKING:
     from offsite_ray.config import SweepConfig

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -55,9 +56,7 @@ class TensorBoard:
 
     def __init__(self, directory: Path) -> None:
         """Begin anew: TensorBoard drops what is in older files."""
-        from tensorboardX import SummaryWriter
-
-        self._writer = SummaryWriter(logdir=str(directory), purge_step=0)
+        self._writer = event_writer(directory, purge_step=0)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write a point for each value."""
@@ -67,6 +66,17 @@ class TensorBoard:
     def close(self) -> None:
         """Close the files."""
         self._writer.close()
+
+
+def event_writer(directory: Path, **options: Any) -> Any:
+    """Return a ``tensorboardX.SummaryWriter`` that overwrites no file.
+
+    Its files are named after the second: of two that are begun within one, the latter would take
+    the place of the former.
+    """
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(directory), filename_suffix=f".{time.time_ns()}", **options)
 
 
 class Wandb:

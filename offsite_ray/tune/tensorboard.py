@@ -8,6 +8,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from offsite_ray.results import SETTINGS
+from offsite_ray.training.metrics import event_writer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,13 +52,11 @@ class TensorBoardToo:
         self._other.ended(record)
 
     def _write(self, job: str, values: Mapping[str, Any], step: int, words: str = "") -> None:
-        from tensorboardX import SummaryWriter
-
         known = {n: v for n, v in values.items() if v is not None and math.isfinite(v)}
         if not known:
             return
         # Opened for each: a sweep of thousands of jobs keeps no files open.
-        with SummaryWriter(logdir=str(self._directory / job), write_to_disk=True) as writer:
+        with event_writer(self._directory / job) as writer:
             for name, value in known.items():
                 writer.add_scalar(name, value, step)
             if words:

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paper's ablations, run to their end on a tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from offsite_ray.finetuning import FINETUNING_METHODS
+from tests.questions import own_task
+from tests.sweeps import a_config, run, table
+
+if TYPE_CHECKING:
+    from offsite_ray.config.sweeping import Preset
+    from tests.loops import Loop
+
+
+def test_a_preset_runs_with_tasks_for_its_score(loop: Loop, tmp_path: Path) -> None:
+    config = a_config(
+        loop, tmp_path / "out", preset="table5", text=(), tasks=("sums",),
+        task_path=(str(own_task(tmp_path)),), task_limit=4,
+        space={"distill": {"max_steps": 1, "batch_size": 2},
+               "finetune": {"max_steps": 2, "batch_size": 2}},
+    )  # fmt: skip
+    result, _ = run(config)
+    rows = table(result)
+    assert result.num_failed == 0
+    own = [row for row in rows if row["role"] == "emulator" and row["control"] != "tail"]
+    assert {row["method"] for row in own} == set(FINETUNING_METHODS)
+    for row in own:
+        assert (row["plug_in_nats"], row["gap_metric"]) == (None, "task_score")
+        assert 0 <= row["plug_in_score"] <= 1
+        gap = row["plug_in_score"] - row["emulator_fine_tuned_score"]
+        assert row["privacy_gap"] == pytest.approx(gap)
+    assert result.winner is not None
+
+
+@pytest.mark.parametrize("name", ["figure3", "figure4", "table4"])
+def test_a_preset_runs_to_its_page(loop: Loop, tmp_path: Path, name: Preset) -> None:
+    small = {"max_steps": 1, "batch_size": 2}
+    given = {"finetune": small} | ({"distill": small} if name == "table4" else {})
+    result, _ = run(a_config(loop, tmp_path / "out", preset=name, space=given))
+    assert result.num_failed == 0
+    own = [row for row in table(result) if row["role"] == "emulator"]
+    assert len(own) >= 3
+    assert all(row["privacy_gap"] is not None for row in own if row["bound_nats"] is not None)
+    assert Path(result.report).stat().st_size > 10_000
