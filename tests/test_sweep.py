@@ -12,19 +12,24 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 import pytest
 
-from offsite_ray.emulator import open_bundle
+from offsite_ray.config import CompressConfig
+from offsite_ray.data import open_prepared
+from offsite_ray.emulator import compress, open_bundle
 from offsite_ray.errors import OffsiteError, StorageError
 from offsite_ray.results import SETTINGS
 from offsite_ray.tune import SweepResult, sweep
 from offsite_ray.tune.folders import Folders, once
+from offsite_ray.tune.plan import Job
+from offsite_ray.tune.recipe import recipe_of_job
+from offsite_ray.tune.run import plan_sweep
 from offsite_ray.tune.table import COLUMNS
+from tests.loops import ignore
 from tests.sweeps import SPACE, Seen, a_config, run, table
 from tests.tensorboard_events import points
 
 if TYPE_CHECKING:
     from offsite_ray.config import SweepConfig
     from offsite_ray.tune.folders import Record
-    from offsite_ray.tune.plan import Job
     from tests.loops import Loop
 
 
@@ -107,7 +112,6 @@ def test_a_plug_in_is_that_of_the_verbs(done: tuple[SweepConfig, SweepResult, Se
     from offsite_ray.evaluation import evaluate
     from offsite_ray.finetuning import finetune
     from offsite_ray.training import run_here
-    from tests.loops import ignore
 
     config, result, _ = done
     root = Path(config.out).parent
@@ -284,6 +288,27 @@ def test_the_teacher_runs_once_for_all_emulators(loop: Loop, tmp_path: Path) -> 
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+def test_what_looks_at_text_is_shown_the_public_one(loop: Loop, tmp_path: Path) -> None:
+    space = {
+        "compress": {"plan": "1-2-1", "select": "angular", "compress": "low_rank_aware:0.5"},
+        "finetune": SPACE["finetune"],
+    }
+    config = a_config(loop, tmp_path / "out", space=space, keep_bundles=True)
+    result, _ = run(config)
+    assert result.num_failed == 0
+    folders = Folders(Path(config.out))
+    (row,) = (row for row in table(result) if row["select"] == "angular")
+    recipe = open_bundle(folders.of(row["id"]) / "bundle").manifest.recipe
+    public = open_prepared(folders.shared / "public", loop.model, 10**6).digest
+    assert recipe["selection"]["calibration"]["data"] == public
+    assert recipe["compression"]["calibration"]["data"] == public
+    job = Job.from_plain(json.loads(folders.record_file(row["id"]).read_text())["job"])
+    again = recipe_of_job(job, config, plan_sweep(config, folders.root, lambda _: None).shared)
+    fields = {**again["compress"], "out": str(tmp_path / "again")}
+    compress(CompressConfig(**{**fields, "calibration": tuple(fields["calibration"])}))
+    assert open_bundle(tmp_path / "again").manifest.recipe == recipe
+
+
 def test_optuna_asks_for_points_and_again_for_the_same(loop: Loop, tmp_path: Path) -> None:
     pytest.importorskip("optuna", reason="optuna is not installed")
     space = {
@@ -314,6 +339,10 @@ def test_optuna_asks_for_points_and_again_for_the_same(loop: Loop, tmp_path: Pat
     ("changes", "said"),
     [
         ({"public": ()}, "give the text for it as public"),
+        (
+            {"public": (), "space": {"compress": {"plan": "1-2-1", "select": "angular"}}},
+            "angular looks at what the full model does with text",
+        ),
         ({"seq_len": 65}, "64 positions"),
         ({"space": {"compress": {"plan": "4-2-1"}}}, "needs 7 blocks"),
         ({"private": ("missing.txt",)}, "missing.txt"),

@@ -17,6 +17,7 @@ from offsite_ray.emulator.bundle import (
 )
 from offsite_ray.emulator.companions import refuse_bottlenecks, write_companions
 from offsite_ray.emulator.compress import CompressResult, compress
+from offsite_ray.emulator.statistics import looks_at_text
 from offsite_ray.emulator.unpack import UnpackResult, unpack
 from offsite_ray.full_model import FullModel, open_full_model
 
@@ -28,6 +29,7 @@ __all__ = [
     "blocks_path",
     "check_fits",
     "compress",
+    "looks_at_text",
     "open_bundle",
     "open_full_model",
     "refuse_bottlenecks",

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from offsite_ray.calibration import calibrate
-from offsite_ray.compression import MatrixStatistics
+from offsite_ray.compression import MatrixStatistics, parse_compression
 from offsite_ray.errors import ConfigError
 from offsite_ray.selection import selection_method
 
@@ -32,12 +32,20 @@ def check_text(compression: Compression, config: CompressConfig) -> None:
             f"--compress {compression.text} looks at what the full model does with text; give some "
             "with --calibration FILE"
         )
-    needed = compression.needs or selection_method(config.select).needs_text
-    if config.calibration and not needed:
+    if config.calibration and not looks_at_text(config.select, config.compress):
         raise ConfigError(
             f"--calibration is for methods that look at text, and neither --select {config.select} "
             f"nor --compress {config.compress} does; leave it out, or choose another method"
         )
+
+
+def looks_at_text(select: str, compress: str) -> bool:
+    """Return whether a selection or a compression wants to see the full model at work.
+
+    Raises:
+        OffsiteError: One of them is unknown.
+    """
+    return selection_method(select).needs_text or bool(parse_compression(compress).needs)
 
 
 class Statistics:

@@ -11,7 +11,7 @@ from offsite_ray.bundle import atomic_directory
 from offsite_ray.tune.attempts import ARTEFACTS
 from offsite_ray.tune.folders import Folders, remove
 from offsite_ray.tune.plan import Job
-from offsite_ray.tune.trial import Bench, make_emulator
+from offsite_ray.tune.trial import Bench, make_emulator, wants_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,8 +60,11 @@ def recipe_text(job: Job, config: SweepConfig, shared: Shared) -> str:
 def recipe_of_job(job: Job, config: SweepConfig, shared: Shared) -> dict[str, Any]:
     """Return the sections of a recipe."""
     model = _absolute(shared.model)
-    compress, finetune = dict(job.settings["compress"]), dict(job.settings["finetune"])
+    compress: dict[str, Any] = dict(job.settings["compress"])
+    finetune = dict(job.settings["finetune"])
     public = [_absolute(source) for source in config.public]
+    if wants_text(compress):
+        compress |= {"calibration": public, "calibration_seq_len": shared.seq_len}
     common = {"dtype": shared.dtype}
     distill = job.settings.get("distill")
     return {

@@ -37,10 +37,10 @@ from offsite_ray.tune.plan import Planner
 from offsite_ray.tune.presets import PRESETS
 from offsite_ray.tune.recipe import prune_bundles, write_winner
 from offsite_ray.tune.search import Listed, Suggested
-from offsite_ray.tune.space import draw, grid, may_distil, parse_space, stage_fields
+from offsite_ray.tune.space import Range, draw, grid, may_distil, parse_space, stage_fields
 from offsite_ray.tune.table import rows_of, summaries, write_table
 from offsite_ray.tune.tensorboard import TensorBoardToo
-from offsite_ray.tune.trial import Shared
+from offsite_ray.tune.trial import Shared, wants_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -180,8 +180,8 @@ def plan_sweep(config: SweepConfig, root: Path, notice: Notice) -> Sweep:
     if config.search != "optuna":
         points = grid(variants) if config.search == "grid" else draw(variants, 1, config.seed)
         planner.jobs(points)
-    if any(map(may_distil, variants)) and not config.public:
-        raise ConfigError("the space distils; give the text for it as public: [FILE]")
+    if not config.public:
+        _check_without_text(variants)
     context_length(model_config, config.seq_len)
     _check_same(config, folders)
     data = {
@@ -230,6 +230,21 @@ def _prepared(
         return open_prepared(Path(own[0]).resolve(), model, model_config.vocab_size)
     once(out, lambda path: write_blocks(sources, model, config.seq_len, path, notice))
     return open_prepared(out, model, model_config.vocab_size)
+
+
+def _check_without_text(variants: Sequence[Variant]) -> None:
+    """Refuse a space that takes public text where there is none."""
+    if any(map(may_distil, variants)):
+        raise ConfigError("the space distils; give the text for it as public: [FILE]")
+    for variant in variants:
+        for field in ("select", "compress"):
+            knob = variant.get(f"compress.{field}", ())
+            for value in () if isinstance(knob, Range) else knob:
+                if wants_text({field: value, "calibration": variant.get("compress.calibration")}):
+                    raise ConfigError(
+                        f"{field}: {value} looks at what the full model does with text; give it "
+                        "some as public: [FILE]"
+                    )
 
 
 def _check_same(config: SweepConfig, folders: Folders) -> None:

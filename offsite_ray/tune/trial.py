@@ -19,7 +19,7 @@ from offsite_ray.bundle import read_manifest
 from offsite_ray.bundle.manifest import now
 from offsite_ray.config import CompressConfig, DistillConfig, EvaluateConfig, FinetuneConfig
 from offsite_ray.distillation import distill, fill_here
-from offsite_ray.emulator import compress
+from offsite_ray.emulator import compress, looks_at_text
 from offsite_ray.evaluation import evaluate
 from offsite_ray.finetuning import finetune
 from offsite_ray.results import EvalRecord, to_plain
@@ -215,6 +215,8 @@ def make_emulator(bench: Bench) -> Path:
 def _compressed(bench: Bench, out: Path) -> Path:
     if not out.exists():
         fields: dict[str, Any] = dict(bench.job.settings["compress"])
+        if bench.shared.public is not None and wants_text(fields):
+            fields["calibration"] = (bench.shared.public,)
         result = compress(
             CompressConfig(
                 **fields,
@@ -227,6 +229,13 @@ def _compressed(bench: Bench, out: Path) -> Path:
         bench.note("compress", result.seconds)
     bench.found |= _facts(out)
     return out
+
+
+def wants_text(fields: Mapping[str, Any]) -> bool:
+    """Return whether compress, with some fields, looks at text that they do not give."""
+    if fields.get("calibration"):
+        return False
+    return looks_at_text(fields.get("select", "uniform"), fields.get("compress", "none"))
 
 
 def _facts(bundle: Path) -> dict[str, Any]:
