@@ -30,7 +30,7 @@ JOBS ?= 2
 # One thread a process: the tests are small, and Ray's workers share the same cores.
 test: $(STAMP) ## Run all tests, in JOBS processes; ARGS goes to pytest
 	@start=$$SECONDS; status=0; \
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} pytest -n $(JOBS) --dist loadgroup $(ARGS) || status=$$?; \
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} pytest -n $(JOBS) --dist loadfile $(ARGS) || status=$$?; \
 	echo "make test: $$((SECONDS - start)) s"; exit $$status
 
 check: $(STAMP) ## Check format, lint, types and import contracts

@@ -108,7 +108,6 @@ def test_a_clock_gives_the_time_between_forward_passes_of_training(tmp_path: Pat
     assert measured.peak_bytes >= measured.imported_bytes > 0
 
 
-@pytest.mark.xdist_group("ray")
 @pytest.mark.slow
 def test_a_run_writes_its_parts(tmp_path: Path) -> None:
     sizes = ["--shape", "tiny", "--overhead-shape", "tiny", "--device", "cpu", "--seq-len", "32"]

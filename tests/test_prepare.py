@@ -199,7 +199,6 @@ def test_of_two_that_write_one_name_the_second_is_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "sources"]
 
 
-@pytest.mark.xdist_group("ray")
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("workers", [0, 2])

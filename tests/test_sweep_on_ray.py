@@ -122,7 +122,6 @@ def finished(out: Path) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in files}
 
 
-@pytest.mark.xdist_group("ray")
 def test_a_killed_sweep_goes_on_with_what_is_left(loop: Loop, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = offsite_ray(loop, out)
@@ -140,7 +139,6 @@ def test_a_killed_sweep_goes_on_with_what_is_left(loop: Loop, tmp_path: Path) ->
     assert {name: after[name] for name in before} == before
 
 
-@pytest.mark.xdist_group("ray")
 def test_an_interrupted_sweep_leaves_its_results(loop: Loop, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = offsite_ray(loop, out)
