@@ -22,9 +22,9 @@ from offsite_ray.errors import StorageError, TrainingError
 from offsite_ray.results import Record, RunStart, StepRecord
 from offsite_ray.train import run_on_ray
 from offsite_ray.training import run_here
+from tests.disks import small_disk
 from tests.drills import GIVEN, SHARDED, STEPS, config, curve, wait_for, weights
 from tests.loops import Loop, Stopped, ignore, stop_after
-from tests.test_user_errors import small_disk
 
 if TYPE_CHECKING:
     from pathlib import Path
