@@ -24,10 +24,13 @@ help: ## List the commands
 demo: $(STAMP) ## Run the whole loop on this machine, without downloads
 	offsite-ray demo $(ARGS)
 
+# Processes that run tests; 0: this one, e.g. for a debugger.
+JOBS ?= 2
+
 # One thread a process: the tests are small, and Ray's workers share the same cores.
-test: $(STAMP) ## Run all tests; ARGS goes to pytest
+test: $(STAMP) ## Run all tests, in JOBS processes; ARGS goes to pytest
 	@start=$$SECONDS; status=0; \
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} pytest $(ARGS) || status=$$?; \
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} pytest -n $(JOBS) --dist loadfile $(ARGS) || status=$$?; \
 	echo "make test: $$((SECONDS - start)) s"; exit $$status
 
 check: $(STAMP) ## Check format, lint, types and import contracts

@@ -93,6 +93,8 @@ def measure(job: Job) -> Run:
         seconds, used = time.perf_counter() - start, _cpu_seconds() - used
         process_bytes, worker_bytes = _peak(psutil.Process()), _worker_peaks(job.num_workers)
     opened, read = _read(job)
+    # Linux counts pages in batches, and may give a little less than it gave before.
+    read_bytes = max(process_bytes, _peak(psutil.Process()))
     return Run(
         start_seconds=start_seconds,
         seconds=seconds,
@@ -103,7 +105,7 @@ def measure(job: Job) -> Run:
         worker_bytes=worker_bytes,
         open_seconds=opened,
         read_seconds=read,
-        read_bytes=_peak(psutil.Process()),
+        read_bytes=read_bytes,
         load=(load[0], load[1], load[2]),
     )
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -22,10 +23,29 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "180")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# Ray's workers would give way to the tests beside them, and theirs take longest.
+os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = "OFFSITE_RAY_REAL_DATA"
+ON_RAY = frozenset(
+    f"test_{name}.py"
+    for name in (
+        "bench_distill",
+        "bench_prepare",
+        "demo",
+        "drills_on_ray",
+        "prepare",
+        "sweep_on_ray",
+        "teacher_cache",
+        "train",
+    )
+)
+"""Files with tests that start Ray, in the fixture below or in a process of their own.
+
+Not test_readme.py: most of its commands need no Ray, and together they take as long as all drills.
+"""
 _NO_REASON = ("", "unconditional skip")
 
 
@@ -33,6 +53,32 @@ def pytest_configure() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what starts Ray, which takes longest."""
+    items.sort(key=lambda item: item.path.name not in ON_RAY)
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()) and item.path.name not in ON_RAY:
+            raise pytest.UsageError(f"{item.path.name} uses Ray: add it to ON_RAY in {__file__}")
+
+
+class OneRay(LoadScopeScheduling):  # type: ignore[misc]  # ships no types
+    """Gives a process of xdist whole files, and all those on Ray to the same one.
+
+    So they share one cluster, and what a file prepares is prepared once.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "ray" if file.rpartition("/")[2] in ON_RAY else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneRay:
+    """Take files in the order above, and not those with most tests first."""
+    config.option.loadscopereorder = False
+    return OneRay(config, log)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -26,7 +26,7 @@ FOUNDATION = ROOT / "examples" / "foundation"
 def test_the_demo_runs_the_whole_loop(tmp_path: Path) -> None:
     told: list[str] = []
     out = tmp_path / "demo"
-    result = run_demo(DemoConfig(out=str(out), scale=0.03), told.append)
+    result = run_demo(DemoConfig(out=str(out), scale=0.01), told.append)
     assert [line[:3] for line in told if line[:1].isdigit()] == [f"{i}/6" for i in range(1, 7)]
     assert f"wrote {out / 'report.html'} and report.png" in told[-1]
     settings = result.evaluation.settings

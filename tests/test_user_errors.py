@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import resource
 import shlex
 import shutil
 import subprocess
@@ -29,12 +27,11 @@ from offsite_ray.training import run_here
 from tests.adapters import make_adapter
 from tests.conftest import ROOT
 from tests.damage import edit_json
+from tests.disks import small_disk
 from tests.loops import Stopped, stop_after
 from tests.tiny_models import save_tiny, tiny_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from tests.loops import Loop
 
 TRAIN = "--max-steps 2 --batch-size 2 --seq-len 16"
@@ -318,25 +315,6 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     assert err.count("\n") == 1
     assert said in err
     assert tree(inputs.root, tmp_path) == before
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[None]:
-    """Give a folder a disk of some bytes; where none can be mounted, no file may be larger."""
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode == 0:
-        try:
-            yield
-        finally:
-            # Lazily: a worker of Ray that ends just now may still stand in it.
-            subprocess.run(["umount", "-l", str(folder)], check=True)
-        return
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 FULL_DISKS = [

@@ -34,6 +34,13 @@ _LOG = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
 
+_ENVIRONMENT = {
+    # A worker that reports again waits until it was asked, and so does the end of a run: by default
+    # every other second.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(_POLL_SECONDS),
+}
+"""What Ray Train reads; set where the user has not."""
+
 _RECORD_TYPES: dict[str, Callable[..., Record]] = {
     cls.__name__: cls for cls in (StepRecord, EvalRecord, CheckpointRecord)
 } | {RunStart.__name__: lambda **values: RunStart.from_plain(values)}
@@ -75,6 +82,8 @@ def _fit(task: TrainingTask, config: TrainingConfig, run_dir: Path, *, gpu: bool
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     trainer = TorchTrainer(
         worker,
         train_loop_config={

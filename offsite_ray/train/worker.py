@@ -86,7 +86,7 @@ def _tell_ray(metrics: dict[str, Any]) -> None:
     """Report to Ray Train, as all workers must, though it keeps what worker 0 says alone.
 
     Each step on its own would stop them: Ray Train holds one report of a worker until its
-    controller asks again, every other second.
+    controller asks again.
     """
     import ray.train
 
