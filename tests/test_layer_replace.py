@@ -27,6 +27,7 @@ from offsite_ray.config import CompressConfig, DistillConfig, EvaluateConfig
 from offsite_ray.distillation import distill
 from offsite_ray.emulator import compress, open_bundle
 from offsite_ray.errors import ConfigError, FamilyError, OffsiteError, PlanError, PlugInError
+from offsite_ray.estimate.shapes import open_shapes
 from offsite_ray.evaluation import evaluate
 from offsite_ray.full_model import open_full_model
 from offsite_ray.inspection import inspect_path
@@ -37,6 +38,7 @@ from tests.stock import blocks_in, logits_of, plug, put_blocks, same_bytes, stoc
 from tests.tiny_models import NUM_BLOCKS, save_tiny, tiny_model
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from torch import Tensor
@@ -68,6 +70,14 @@ def config(model: Path, out: Path, text: Path, **given: Any) -> CompressConfig:
             **given,
         },
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what is learnt here apart from the user's cache, which an older code may have filled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module", params=SIX)
@@ -287,6 +297,22 @@ def test_what_was_learnt_is_kept_by_request(
             compress(config(loop.model, tmp_path / "c", loop.text, **other))
 
 
+def test_without_a_cache_it_is_learnt_once(
+    loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    times: list[int] = []
+
+    def counted(*given: Any) -> Any:
+        times.append(1)
+        return learn_replacement(*given)
+
+    monkeypatch.setattr("offsite_ray.calibration.run.learn_replacement", counted)
+    assert compress(config(loop.model, tmp_path / "bundle", loop.text)).harmonizers
+    assert times == [1]
+
+
 def test_other_seeds_learn_other_things(tmp_path: Path) -> None:
     full = open_full_model(save_tiny("gpt2", tmp_path / "model"))
     learnt = [
@@ -326,6 +352,10 @@ def test_inspect_says_where_they_are(
     assert said["calibration"]["data"]
     assert main(["inspect", str(out)]) == 0
     assert "harmonizers" in capfd.readouterr().out
+
+
+def test_an_estimate_counts_harmonizers_as_blocks(loop: Loop) -> None:
+    assert open_shapes(loop.model, "1-2-1", select="layer_replace").plan.keeps_every_block
 
 
 def test_a_bundle_with_harmonizers_is_no_bound(loop: Loop, tmp_path: Path) -> None:
@@ -377,3 +407,31 @@ def test_a_little_text_and_few_steps_will_do(tmp_path: Path, count: int, steps: 
     how = dataclasses.replace(HOW, steps=steps)
     learnt = replacement.learn_replacement(full, rows(count), MIDDLE, 2, how)
     assert len(learnt.harmonizers) == 2
+
+
+@pytest.mark.slow
+def test_harmonizers_know_a_real_models_text(real_data: Path, tmp_path: Path) -> None:
+    model, prose = real_data / "models/fm16", real_data / "data/wikitext2"
+    if not model.is_dir():
+        pytest.skip(f"no real model: {model} does not exist")
+    (tmp_path / "held-out.txt").write_text((prose / "test.txt").read_text()[:12_000])
+    given = {"calibration_seq_len": 128, "harmonizer_rank": 16, "harmonizer_steps": 40}
+    learnt = config(model, tmp_path / "learnt", prose / "valid.txt", plan="2-4-2", **given)
+    compress(dataclasses.replace(learnt, calibration_sequences=128))
+    plain = dataclasses.replace(learnt, select="uniform", out=str(tmp_path / "uniform"))
+    compress(dataclasses.replace(plain, calibration=()))
+    nats = []
+    for name in ("learnt", "uniform"):
+        measured = evaluate(
+            EvaluateConfig(
+                model=str(model),
+                bundle=str(tmp_path / name),
+                text=(str(tmp_path / "held-out.txt"),),
+                seq_len=128,
+            )
+        )
+        setting = measured.settings["emulator_zero_shot"]
+        assert setting is not None
+        assert setting.perplexity is not None
+        nats.append(setting.perplexity.nats_per_token)
+    assert nats[0] < nats[1] - 0.1

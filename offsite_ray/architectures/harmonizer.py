@@ -55,28 +55,26 @@ def harmonizer(block: nn.Module, rank: int) -> nn.Module:
         )
     ups, down = inner
     layers: dict[str, Any] = linear_layers(block)
-    (num_channels, _), shared = widths(layers[down]), {}
-    if rank > num_channels:
+    if rank > (num_channels := widths(layers[down])[0]):
         raise ConfigError(
             f"harmonizer_rank={rank} is more than the {num_channels} inner channels of a "
             f"{type(block).__name__}"
         )
-    for layer in layers.values():
-        shared.update({id(parameter): parameter for parameter in layer.parameters()})
-    result = copy.deepcopy(block, shared)  # the large matrices are not copied, they go
+    # Not copied, because they go: the large ones.
+    shared = {id(p): p for layer in layers.values() for p in layer.parameters()}
+    result = copy.deepcopy(block, dict(shared))
     for path, layer in layers.items():
         num_inputs, num_outputs = widths(layer)
         own: nn.Module = _Nothing(num_outputs)
         if path in ups:
             own = _same_kind(layer, num_inputs, rank)
-        if path == down:
+        elif path == down:
             own = _same_kind(layer, rank, num_outputs)
-            nn.init.zeros_(own.get_parameter("weight"))
-        if getattr(own, "bias", None) is not None:
-            nn.init.zeros_(own.get_parameter("bias"))
+            for parameter in own.parameters():
+                nn.init.zeros_(parameter)
         result.set_submodule(path, own)
-    parameter = next(block.parameters())
-    return result.to(parameter.device, parameter.dtype).requires_grad_(True)
+    reference = next(block.parameters())
+    return result.to(reference.device, reference.dtype).requires_grad_(True)
 
 
 def _same_kind(layer: Any, num_inputs: int, num_outputs: int) -> nn.Module:

@@ -2,8 +2,8 @@
 """Harmonizers in the place of blocks, and what it is worth to keep each block (ScaleOT).
 
 In the first half of the steps, blocks and harmonizers are mixed at random: the harmonizers learn,
-and the scores of blocks, of which hangs what is drawn, learn from the losses of other draws on
-other text. In the second half the harmonizers that stay learn beside the blocks that stay.
+and the scores of the blocks, on which the draws hang, learn from the losses of other draws on other
+text. In the second half, the harmonizers that stay learn beside the blocks that stay.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 
     from offsite_ray.full_model import FullModel
 
-_STEP_TOKENS = 1024
-"""Of a batch."""
+_STEP_TOKENS = 512
+"""Of a batch, unless a row has more."""
 _LEARNING_RATE = 1e-3
 """Of the harmonizers."""
 _SCORE_RATE = 0.1
+"""Of the scores."""
 _NUM_DRAWS = 3
 """Draws that are compared in a step."""
 
@@ -84,7 +85,7 @@ def draw(scores: Mapping[int, float], num_kept: int, source: random.Random) -> l
 def rewarded(
     scores: Mapping[int, float], draws: Sequence[Collection[int]], losses: Sequence[float]
 ) -> dict[int, float]:
-    """Return the scores after some draws, of which each block has a share that was kept in it.
+    """Return the scores after some draws: a block gains by those better than the mean that keep it.
 
     ``s_i += 0.1 sum_j r_j sigmoid'(s_i)`` over the draws ``j`` that keep block ``i``, with
     ``r_j = exp(-l_j) - mean_k exp(-l_k)``.

@@ -77,6 +77,7 @@ class Calibration:
             }
         )
         self._known: dict[tuple[int, ...], float] = {}
+        self._learnt: dict[str, Replacement] = {}
 
     def influence(self, block: int) -> float:
         """Return how much a block changes the hidden states; see :class:`BlockSignals`."""
@@ -104,12 +105,16 @@ class Calibration:
     def replacement(self, middle: Sequence[int], num_kept: int) -> Replacement:
         """Return the scores, and the harmonizers of the blocks that are dropped by them."""
         request = {"training": to_plain(self._training), "middle": [*middle], "kept": num_kept}
+        key = digest_plain(request)
 
         def learn() -> dict[str, Tensor]:
             learnt = learn_replacement(self._full, self._rows, middle, num_kept, self._training)
             return learnt.tensors()
 
-        return Replacement.of(middle, self._remembered(f"-replace-{digest_plain(request)}", learn))
+        if key not in self._learnt:
+            tensors = self._remembered(f"-replace-{key}", learn)
+            self._learnt[key] = Replacement.of(middle, tensors)
+        return self._learnt[key]
 
     def statistics(self, need: Need, blocks: Collection[int]) -> InputMoments | GradientScores:
         """Return what there is to say of the matrices of some blocks."""
