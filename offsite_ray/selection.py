@@ -27,6 +27,9 @@ class Signals(Protocol):
     def loss(self, kept: Collection[int]) -> float:
         """Return the loss of the full model with only some of its blocks, in nats a token."""
 
+    def scores(self, middle: Sequence[int], num_kept: int) -> Mapping[int, float]:
+        """Return what it is worth to keep each block, rather than a harmonizer in its place."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SelectionMethod:
@@ -41,6 +44,13 @@ class SelectionMethod:
     """Whether it asks the signals, which takes text to run the full model on."""
     shares: bool = False
     """Whether a dropped block is replaced by a copy of the nearest kept one."""
+    replaces: bool = False
+    """Whether a dropped block is replaced by a harmonizer, which is trained on the text."""
+
+    @property
+    def keeps_depth(self) -> bool:
+        """Whether something stands in the place of each dropped block."""
+        return self.shares or self.replaces
 
 
 def uniform(middle: Sequence[int], num_kept: int, _: object = None) -> list[int]:
@@ -64,8 +74,12 @@ def tail(middle: Sequence[int], num_kept: int, _: object = None) -> list[int]:
 
 def block_influence(middle: Sequence[int], num_kept: int, signals: Signals) -> list[int]:
     """Return the blocks that change the hidden states most, ``1 - E[cos(h_i, h_(i+1))]``."""
-    by_influence = sorted(middle, key=lambda block: (-signals.influence(block), block))
-    return sorted(by_influence[:num_kept])
+    return highest({block: signals.influence(block) for block in middle}, num_kept)
+
+
+def highest(scores: Mapping[int, float], count: int) -> list[int]:
+    """Return the blocks with the highest scores, ascending; of equals, the lower ones."""
+    return sorted(sorted(scores, key=lambda block: (-scores[block], block))[:count])
 
 
 def angular(middle: Sequence[int], num_kept: int, signals: Signals) -> list[int]:
@@ -118,6 +132,13 @@ def greedy(middle: Sequence[int], num_kept: int, signals: Signals) -> list[int]:
     return kept
 
 
+def layer_replace(middle: Sequence[int], num_kept: int, signals: Signals) -> list[int]:
+    """Return the blocks with the highest learnt scores; harmonizers stand for the others."""
+    if num_kept == len(middle):
+        return list(middle)
+    return highest(signals.scores(middle, num_kept), num_kept)
+
+
 def _explicit(middle: Sequence[int], num_kept: int, _: object = None) -> list[int]:
     raise PlanError(
         f"explicit selects nothing by itself: name the {num_kept} of {len(middle)} blocks in the "
@@ -162,6 +183,13 @@ SELECTION_METHODS: dict[str, SelectionMethod] = {
             source="SLEB, Song et al., arXiv 2402.09025",
             choose=greedy,
             needs_text=True,
+        ),
+        SelectionMethod(
+            name="layer_replace",
+            source="ScaleOT, Yao et al., arXiv 2412.09812, dynamic layer replacement",
+            choose=layer_replace,
+            needs_text=True,
+            replaces=True,
         ),
         SelectionMethod(name="explicit", source="the plan itself", choose=_explicit),
     )

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
     from tests.loops import Loop
 
-CALIBRATED = [name for name, row in SELECTION_METHODS.items() if row.needs_text]
+CALIBRATED = [
+    name for name, row in SELECTION_METHODS.items() if row.needs_text and not row.replaces
+]
 SIX = ("gpt2", "opt", "bloom", "llama", "qwen3", "gemma3_text")
 
 

@@ -17,6 +17,7 @@ from offsite_ray.selection import (
     block_influence,
     cka_cluster,
     greedy,
+    layer_replace,
     nearest_kept,
     selection_method,
     tail,
@@ -24,7 +25,7 @@ from offsite_ray.selection import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
 
 @st.composite
@@ -93,6 +94,9 @@ class Told:
     def loss(self, kept: Collection[int]) -> float:
         return self._loss(kept)
 
+    def scores(self, middle: Sequence[int], num_kept: int) -> Mapping[int, float]:
+        return {block: self.influence(block) for block in middle}
+
 
 ANY = Told((0.3, 0.1, 0.2, 0.1), (0.0, 0.5, 0.1, 0.9, 0.4, 0.2, 0.7), lambda kept: sum(kept) % 11)
 
@@ -147,6 +151,12 @@ def test_greedy_drops_what_hurts_least_given_what_is_gone() -> None:
     told = Told(loss=lambda kept: losses[tuple(sorted(kept))])
     assert greedy([0, 1, 2], 2, told) == [0, 2]
     assert greedy([0, 1, 2], 1, told) == [0]
+
+
+def test_layer_replace_keeps_the_highest_scores() -> None:
+    told = Told(influence=[9.0, 0.4, -0.1, 0.3, 0.3, -0.2, 9.0])
+    assert layer_replace(range(1, 6), 2, told) == [1, 3], "of equals, the lower one"
+    assert layer_replace(range(1, 6), 4, told) == [1, 2, 3, 4]
 
 
 def test_a_copy_is_of_the_nearest_of_its_kind() -> None:

@@ -11,6 +11,7 @@ from offsite_ray.architectures.detection import (
     set_blocks,
 )
 from offsite_ray.architectures.families import FAMILIES, Family
+from offsite_ray.architectures.harmonizer import harmonizer, in_full
 from offsite_ray.architectures.linear import feed_forward, linear_layers, linear_weights
 from offsite_ray.architectures.loading import (
     DTYPES,
@@ -54,6 +55,8 @@ __all__ = [
     "empty_model",
     "feed_forward",
     "get_blocks",
+    "harmonizer",
+    "in_full",
     "kept_config",
     "linear_layers",
     "linear_weights",

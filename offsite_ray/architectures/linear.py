@@ -37,13 +37,13 @@ def feed_forward(block: nn.Module) -> tuple[tuple[str, ...], str] | None:
     if len(set(parents)) < 2:
         return None
     *ups, down = (path for path in layers if path.rpartition(".")[0] == parents[-1])
-    inner = _width(layers[down])[0]
-    if not ups or any(_width(layers[up])[1] != inner for up in ups):
+    inner = widths(layers[down])[0]
+    if not ups or any(widths(layers[up])[1] != inner for up in ups):
         return None
     return tuple(ups), down
 
 
-def _width(layer: Any) -> tuple[int, int]:
+def widths(layer: Any) -> tuple[int, int]:
     """Return the numbers of inputs and of outputs of a linear layer."""
     rows, columns = layer.weight.shape
     return (columns, rows) if isinstance(layer, nn.Linear) else (rows, columns)

@@ -18,6 +18,11 @@ from offsite_ray.bundle.digest import digest_plain
 from offsite_ray.calibration.gradients import GradientScores
 from offsite_ray.calibration.losses import PartialLoss
 from offsite_ray.calibration.moments import InputMoments
+from offsite_ray.calibration.replacement import (
+    HarmonizerTraining,
+    Replacement,
+    learn_replacement,
+)
 from offsite_ray.calibration.signals import BlockSignals, block_signals
 from offsite_ray.data import IGNORED, all_blocks
 from offsite_ray.errors import DataError, StorageError
@@ -25,7 +30,7 @@ from offsite_ray.results import to_plain
 from offsite_ray.training.sources import prepared_for
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from torch import Tensor
 
@@ -48,15 +53,20 @@ _SOURCES: dict[Need, type[InputMoments] | type[GradientScores]] = {
 class Calibration:
     """What the full model says of its blocks on a text; each thing computed when it is asked."""
 
-    def __init__(self, full: FullModel, rows: Tensor, data: str | None) -> None:
+    def __init__(
+        self, full: FullModel, rows: Tensor, data: str | None, training: HarmonizerTraining
+    ) -> None:
         """Take the text.
 
         Args:
             full: The full model, on disk.
             rows: ``(N, T)``, nothing of it padding.
             data: Digest of the prepared data that the rows are of.
+            training: How harmonizers are trained, if somebody asks for them.
         """
         self._full = full
+        self._rows = rows
+        self._training = training
         self._batches = torch.split(rows, max(1, _BATCH_TOKENS // rows.shape[1]))
         self.recipe = {"data": data, "num_sequences": len(rows), "seq_len": rows.shape[1]}
         self._key = digest_plain(
@@ -67,6 +77,7 @@ class Calibration:
             }
         )
         self._known: dict[tuple[int, ...], float] = {}
+        self._learnt: dict[str, Replacement] = {}
 
     def influence(self, block: int) -> float:
         """Return how much a block changes the hidden states; see :class:`BlockSignals`."""
@@ -87,6 +98,24 @@ class Calibration:
             self._known[key] = self._partial_loss(key)
         return self._known[key]
 
+    def scores(self, middle: Sequence[int], num_kept: int) -> Mapping[int, float]:
+        """Return the learnt score of each block; see :mod:`.replacement`."""
+        return self.replacement(middle, num_kept).scores
+
+    def replacement(self, middle: Sequence[int], num_kept: int) -> Replacement:
+        """Return the scores, and the harmonizers of the blocks that are dropped by them."""
+        request = {"training": to_plain(self._training), "middle": [*middle], "kept": num_kept}
+        key = digest_plain(request)
+
+        def learn() -> dict[str, Tensor]:
+            learnt = learn_replacement(self._full, self._rows, middle, num_kept, self._training)
+            return learnt.tensors()
+
+        if key not in self._learnt:
+            tensors = self._remembered(f"-replace-{key}", learn)
+            self._learnt[key] = Replacement.of(middle, tensors)
+        return self._learnt[key]
+
     def statistics(self, need: Need, blocks: Collection[int]) -> InputMoments | GradientScores:
         """Return what there is to say of the matrices of some blocks."""
         folder = user_cache("calibration")
@@ -95,16 +124,23 @@ class Calibration:
 
     @cached_property
     def _signals(self) -> BlockSignals:
+        def signals() -> dict[str, Tensor]:
+            found = block_signals(self._full, self._batches)
+            return {name: getattr(found, name) for name in BlockSignals.__slots__}
+
+        return BlockSignals(**self._remembered("", signals))
+
+    def _remembered(self, what: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return tensors from the user's cache, or computed and kept there."""
         folder = user_cache("calibration")
-        file = None if folder is None else folder / f"{self._key}.safetensors"
+        file = None if folder is None else folder / f"{self._key}{what}.safetensors"
         if file is not None and file.is_file():
-            return BlockSignals(**load_file(file))
-        found = block_signals(self._full, self._batches)
+            return load_file(file)
+        found = compute()
         if file is not None:
-            tensors = {name: getattr(found, name) for name in BlockSignals.__slots__}
             # Where it cannot be kept, it is computed again.
             with contextlib.suppress(StorageError), atomic_file(file) as tmp:
-                write_file(tmp, specs(tensors))
+                write_file(tmp, specs(found))
         return found
 
     @cached_property
@@ -129,7 +165,10 @@ def calibrate(full: FullModel, config: CompressConfig, notice: Notice | None) ->
             notice,
         )
         rows = _draw(data.path, config.calibration_sequences, config.seed)
-        return Calibration(full, rows, data.digest)
+        training = HarmonizerTraining(
+            rank=config.harmonizer_rank, steps=config.harmonizer_steps, seed=config.seed
+        )
+        return Calibration(full, rows, data.digest, training)
 
 
 def _draw(path: Path, count: int, seed: int) -> Tensor:

@@ -27,6 +27,10 @@ class CompressConfig:
     """Sequences of it, drawn by the seed."""
     calibration_seq_len: int | None = None
     """Tokens in each; by default as many as the model takes, up to 1024."""
+    harmonizer_rank: int = 16
+    """Inner channels of what `--select layer_replace` puts in the place of a dropped block."""
+    harmonizer_steps: int = 200
+    """Training steps of these."""
     compress: str = "none"
     """What becomes of the matrices of the kept blocks: 'prune:0.5', 'prune:2:4', 'quantize:8',
     'low_rank:0.5', or with `calibration` 'low_rank_aware:0.5' and 'gradient_preserving:0.5:1';
@@ -34,14 +38,13 @@ class CompressConfig:
     blocks: str | None = None
     """Path of the block list in a model whose family is in no table, e.g. 'model.layers'."""
     seed: int = 0
-    """Seed of what is drawn: the sequences of the calibration."""
+    """Seed of what is drawn: the sequences of the calibration, and harmonizers."""
 
     def __post_init__(self) -> None:
         """Check ranges; raise :class:`ConfigError`."""
-        if self.calibration_sequences < 1:
-            raise ConfigError(
-                f"calibration_sequences={self.calibration_sequences} must be at least 1"
-            )
+        for name in ("calibration_sequences", "harmonizer_rank", "harmonizer_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.calibration_seq_len is not None and self.calibration_seq_len < 2:
             raise ConfigError(f"calibration_seq_len={self.calibration_seq_len} must be at least 2")
 

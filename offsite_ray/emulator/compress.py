@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.architectures import Notice, kept_config, linear_weights
+from offsite_ray.architectures import Notice, in_full, kept_config, linear_weights
 from offsite_ray.architectures.packed import NEEDS
 from offsite_ray.bundle import (
     DTYPE_NAMES,
@@ -18,10 +18,12 @@ from offsite_ray.bundle import (
     atomic_directory,
     check_free,
     fingerprint,
+    lazy_spec,
     new_hasher,
     write_manifest,
 )
 from offsite_ray.compression import GROUP_SIZE, Compression, PackedTensor, parse_compression
+from offsite_ray.emulator.bundle import rounded
 from offsite_ray.emulator.choosing import ChosenBlocks, choose_blocks
 from offsite_ray.emulator.companions import refuse_bottlenecks, write_companions
 from offsite_ray.emulator.matrices import MatrixToCompress
@@ -31,6 +33,8 @@ from offsite_ray.full_model import FullModel, check_by_example, open_full_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from torch import Tensor
 
     from offsite_ray.config import CompressConfig
 
@@ -50,6 +54,8 @@ class CompressResult:
     emulator: tuple[int, ...]
     copies_of: tuple[int, ...] | None
     """Of each block of the emulator model, which of the full model it is; None: itself."""
+    harmonizers: tuple[int, ...]
+    """Blocks in whose place harmonizers stand."""
     num_blocks: int
     bundle_bytes: int
     full_model_bytes: int
@@ -118,6 +124,7 @@ def compress(config: CompressConfig, notice: Notice | None = None) -> CompressRe
         adapter=plan.adapter,
         emulator=plan.emulator,
         copies_of=None if chosen.stored == plan.kept else chosen.stored,
+        harmonizers=tuple(sorted(chosen.replaced)),
         num_blocks=plan.num_blocks,
         bundle_bytes=manifest.measured["bundle_bytes"],
         full_model_bytes=manifest.measured["full_model_bytes"],
@@ -181,6 +188,10 @@ def bundle_tensors(
         places = [place for place, stored in enumerate(chosen.stored) if stored == index]
         for place in [None] if index is None else places:
             own_name = name if place is None else full.arch.rename(name, place)
+            if name in chosen.harmonizers:
+                make = _harmonizer(full, name, chosen.harmonizers[name], carried)
+                found.append(lazy_spec(own_name, info.dtype, info.shape, make))
+                continue
             if place is None or not emulated[place] or name not in parts.matrices:
                 pieces = _pieces(full, name, carried)
                 found.append(
@@ -213,6 +224,18 @@ def _pieces(
         carried[name] = hasher.hexdigest()
 
     return pieces
+
+
+def _harmonizer(
+    full: FullModel, name: str, live: Tensor, carried: dict[str, str]
+) -> Callable[[], Tensor]:
+    def tensor() -> Tensor:
+        for _ in _pieces(full, name, carried)():
+            pass  # read for its digest
+        info = full.weights.tensors[name]
+        return rounded(name, in_full(live, info.shape), info.dtype)()
+
+    return tensor
 
 
 def dtypes_of(tensors: Iterable[TensorSpec], packed: Mapping[str, PackedTensor]) -> dict[str, Any]:

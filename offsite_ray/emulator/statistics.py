@@ -98,6 +98,7 @@ def measure(
     calibration: Calibration = calibrate(full, config, notice)
     places = zip(chosen.plan.kept, chosen.stored, strict=True)
     blocks = {stored for index, stored in places if index in chosen.plan.emulator}
+    blocks -= chosen.replaced
     sources = [calibration.statistics(need, sorted(blocks)) for need in sorted(compression.needs)]
     unknown = sorted(
         name

@@ -146,7 +146,7 @@ def open_shapes(
     # Which blocks a method keeps may take the weights and some text; here only their number counts.
     choose = SELECTION_METHODS["uniform"].choose if method.needs_text else method.choose
     split = parse_plan(plan, arch.num_blocks, lambda middle, count: choose(middle, count, None))
-    if method.shares:
+    if method.keeps_depth:
         split = replace(split, emulator=split.middle)
     check_separable(config, arch, split)
     return Shapes(config=config, arch=arch, plan=split)

@@ -179,10 +179,10 @@ def open_artefacts(config: EvaluateConfig) -> Artefacts:
 def _is_bound(adapter: AdapterBundle) -> bool:
     """Return whether an adapter was trained inside the full model: every block, each as it is."""
     recipe = adapter.manifest.recipe
-    copied = "copies_of" in recipe.get("selection", {})
+    replaced = {"copies_of", "harmonizers"} & set(recipe.get("selection", {}))
     changed = recipe.get("compression", {}).get("method", "none") != "none"
     distilled = recipe.get("distillation") is not None
-    return adapter.plan.keeps_every_block and not (copied or changed or distilled)
+    return adapter.plan.keeps_every_block and not (replaced or changed or distilled)
 
 
 def _yardstick(config: EvaluateConfig, full: FullModel) -> Yardstick:
