@@ -46,6 +46,7 @@ PAGE = ROOT / "docs" / "sweeps.md"
 
 _NUM_TRIALS = 12
 _SAMPLE_SECONDS = 0.1
+_PARTS = ("time", "memory")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,6 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--trials", type=int, default=_NUM_TRIALS)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--of", choices=_PARTS, help="only this; the other is as it was stored")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--start", type=float, help=argparse.SUPPRESS)
@@ -207,10 +209,12 @@ def main(argv: list[str] | None = None) -> int:
         run = measure(Job(**json.loads(args.job)), args.start)
         print(json.dumps(asdict(run)))
         return 0
-    runs = []
+    parts = (args.of,) if args.of else _PARTS
+    runs = _stored(args.results, set(_PARTS) - set(parts))
     with tempfile.TemporaryDirectory() as work:
-        jobs = [*_timed(args), *_weighed(args, Path(work) / "large")] * args.rounds
-        for number, job in enumerate(jobs):
+        jobs = [*_timed(args)] if "time" in parts else []
+        jobs += _weighed(args, Path(work) / "large") if "memory" in parts else []
+        for number, job in enumerate(jobs * args.rounds):
             folder = Path(work) / str(number)
             folder.mkdir()
             runs.append(in_own_process(dataclasses.replace(job, out=str(folder / "out"))))
@@ -223,6 +227,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.results == RESULTS:
         put(PAGE, BEGIN, tables(result))
     return 0
+
+
+def _stored(results: Path, parts: set[str]) -> list[Run]:
+    """Return the runs of some parts that an earlier measurement has stored."""
+    if not parts or not (results / "sweep.json").exists():
+        return []
+    runs = json.loads((results / "sweep.json").read_text("utf-8"))["runs"]
+    return [Run(**run) for run in runs if run["of"] in parts]
 
 
 def _timed(args: argparse.Namespace) -> list[Job]:

@@ -21,7 +21,11 @@ _MIB = 2**20
 
 def tables(result: Mapping[str, Any]) -> str:
     """Return the tables of every way, and what they say of the bars."""
-    return "\n".join([_conditions(result), "", *_times(result), "", *_memory(result), ""])
+    lines = [_conditions(result), ""]
+    for of, part in (("time", _times), ("memory", _memory)):
+        if any(run["of"] == of for run in result["runs"]):
+            lines += [*part(result), ""]
+    return "\n".join(lines)
 
 
 def _times(result: Mapping[str, Any]) -> list[str]:
@@ -102,11 +106,9 @@ def _met(met: bool) -> str:
 
 def _conditions(result: Mapping[str, Any]) -> str:
     machine = result["machine"]
-    rounds = max(1, len(result["runs"]) // 6)
     return (
         f"{result['num_trials']} trials of `{result['model']}`, plan {result['plan']}, "
         f"{result['steps']} steps of distillation and of fine-tuning. {machine['cpu']}, "
         f"{machine['num_cores']} cores, {machine['memory_bytes'] / 2**30:.1f} GiB; "
-        f"{result['date']}, commit {result['commit']}; {rounds} "
-        f"round{'s' * (rounds > 1)}, medians."
+        f"{result['date']}, commit {result['commit']}; medians where there are several rounds."
     )
