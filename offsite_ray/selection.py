@@ -24,8 +24,8 @@ class Signals(Protocol):
     def alignment(self, a: int, b: int) -> float:
         """Return how alike what two blocks return is: 0 to 1."""
 
-    def loss(self, kept: Collection[int]) -> float:
-        """Return the loss of the full model with only some of its blocks, in nats a token."""
+    def loss(self, dropped: Collection[int]) -> float:
+        """Return the loss of the full model without some of its blocks, in nats a token."""
 
     def scores(self, middle: Sequence[int], num_kept: int) -> Mapping[int, float]:
         """Return what it is worth to keep each block, rather than a harmonizer in its place."""
@@ -125,11 +125,12 @@ def cka_cluster(middle: Sequence[int], num_kept: int, signals: Signals) -> list[
 
 def greedy(middle: Sequence[int], num_kept: int, signals: Signals) -> list[int]:
     """Drop, one after the other, the block without which the loss on the text is least."""
-    kept = list(middle)
-    while len(kept) > num_kept:
-        without = {block: [other for other in kept if other != block] for block in kept}
-        kept = without[min(kept, key=lambda block: (signals.loss(without[block]), block))]
-    return kept
+    dropped: list[int] = []
+    while len(dropped) < len(middle) - num_kept:
+        left = [block for block in middle if block not in dropped]
+        without = {block: signals.loss([*dropped, block]) for block in left}
+        dropped.append(min(left, key=lambda block: (without[block], block)))
+    return [block for block in middle if block not in dropped]
 
 
 def layer_replace(middle: Sequence[int], num_kept: int, signals: Signals) -> list[int]:

@@ -116,20 +116,19 @@ def test_the_loss_without_some_blocks(tmp_path: Path, family: str) -> None:
     whole: Any = stock(model)
     with torch.no_grad():
         expected = whole(input_ids=tokens, labels=tokens, use_cache=False).loss
-    assert loss(range(NUM_BLOCKS)) == pytest.approx(float(expected), rel=1e-5)
+    assert loss([]) == pytest.approx(float(expected), rel=1e-5)
     # What the others compute does not hang on what is left out: a block that changes nothing
     # is as good as none.
     states = stock_states(whole, tokens)
     blocks = list(blocks_in(whole))
     assert len(states) == len(blocks) + 1
-    kept = [0, 1, 3, 5]
-    for index in set(range(NUM_BLOCKS)) - set(kept):
+    dropped = [2, 4]
+    for index in dropped:
         blocks[index].forward = _unchanged(family)
     put_blocks(whole, torch.nn.ModuleList(blocks))
     with torch.no_grad():
         expected = whole(input_ids=tokens, labels=tokens, use_cache=False).loss
-    assert loss(kept) == pytest.approx(float(expected), rel=1e-5)
-    assert loss([]) == pytest.approx(loss(()))
+    assert loss(dropped) == pytest.approx(float(expected), rel=1e-5)
 
 
 def _unchanged(family: str) -> Any:
@@ -216,6 +215,38 @@ def test_what_is_missing_is_said(loop: Loop, tmp_path: Path) -> None:
                 calibration_seq_len=None,
             )
         )
+
+
+def test_greedy_drops_the_block_without_which_the_model_is_best(loop: Loop, tmp_path: Path) -> None:
+    made = compress(
+        config(loop.model, tmp_path / "bundle", loop.text, plan="1-3-1", select="greedy")
+    )
+    full = open_full_model(loop.model)
+    given = config(loop.model, tmp_path / "none", loop.text, plan="1-3-1", select="greedy")
+    loss = PartialLoss(full, calibrate(full, given, None)._batches)
+    losses = {block: loss([block]) for block in range(1, 5)}
+    best = min(losses, key=lambda block: losses[block])
+    assert made.emulator == tuple(block for block in range(1, 5) if block != best)
+
+
+def test_what_the_plan_names_is_said_to_be_explicit(loop: Loop, tmp_path: Path) -> None:
+    given = CompressConfig(
+        model=str(loop.model), plan="adapter=0,5 emulator=2", out=str(tmp_path / "bundle")
+    )
+    assert compress(given).select == "explicit"
+    recipe = open_bundle(tmp_path / "bundle").manifest.recipe
+    assert recipe["selection"]["method"] == "explicit"
+
+
+def test_what_cannot_be_kept_is_computed_all_the_same(
+    loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for select, method in (("angular", "none"), ("uniform", "low_rank_aware:0.5")):
+        out = tmp_path / select
+        compress(config(loop.model, out, loop.text, select=select, compress=method))
+        assert open_bundle(out).manifest.recipe["compression"]
 
 
 def test_a_bundle_of_copies_is_no_bound(loop: Loop, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,7 +21,7 @@ from offsite_ray.compression import (
 )
 from offsite_ray.compression.low_rank import kept_rank, truncate, truncate_whitened
 from offsite_ray.compression.pruning import prune_pattern, prune_smallest
-from offsite_ray.errors import ConfigError
+from offsite_ray.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -222,6 +223,22 @@ def test_whitening_takes_inputs_that_were_never_seen() -> None:
     assert bool(torch.isfinite(result).all())
     assert float(result[0, 0]) == pytest.approx(1.0)
     assert bool(torch.isfinite(truncate_whitened(torch.eye(3), torch.zeros(3, 3), 1)).all())
+
+
+def test_whitening_takes_moments_with_the_errors_of_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    # A few tokens far from the origin: the least eigenvalues are rounding, below zero too.
+    inputs = torch.randn(60, 128, generator=generator) + 300
+    moment = inputs.T @ inputs / len(inputs)
+    assert float(torch.linalg.eigvalsh(moment.double())[0]) < -1e-6 * float(
+        moment.diagonal().mean()
+    )
+    weight = torch.randn(32, 128, generator=generator)
+    result = truncate_whitened(weight, moment, 8)
+    assert bool(torch.isfinite(result).all())
+    assert int(torch.linalg.matrix_rank(result)) <= 8
+    with pytest.raises(DataError, match="is not finite"):
+        truncate_whitened(weight, moment * math.nan, 8)
 
 
 # Every method

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss of the full model with only some of its blocks."""
+"""The loss of the full model without some of its blocks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _Switched(StandIn):
 
 
 class PartialLoss:
-    """The loss of a model in memory with only some of its blocks, on the same text."""
+    """The loss of a model in memory without some of its blocks, on the same text."""
 
     def __init__(self, full: FullModel, batches: Sequence[Tensor]) -> None:
         """Load the full model.
@@ -53,13 +53,13 @@ class PartialLoss:
         set_blocks(self._model, full.arch, nn.ModuleList(blocks))
         self._blocks = blocks
         self._batches = batches
-        self(range(len(blocks)))  # so that every block knows the form of its output
+        self(())  # so that every block knows the form of its output
 
     @torch.no_grad()
-    def __call__(self, kept: Collection[int]) -> float:
-        """Return the mean cross-entropy of the next token, in nats, without all other blocks."""
+    def __call__(self, dropped: Collection[int]) -> float:
+        """Return the mean cross-entropy of the next token, in nats, without some blocks."""
         for index, block in enumerate(self._blocks):
-            block.on = index in kept
+            block.on = index not in dropped
         total = torch.zeros((), dtype=torch.float64)
         for batch in self._batches:
             ids = batch.to(self._device)

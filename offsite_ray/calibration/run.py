@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from functools import cached_property
 from pathlib import Path
@@ -91,9 +92,9 @@ class Calibration:
         """Return the linear CKA of what two blocks return; see :class:`BlockSignals`."""
         return self._signals.alignment(a, b)
 
-    def loss(self, kept: Collection[int]) -> float:
-        """Return the loss with only some of the blocks; see :class:`PartialLoss`."""
-        key = tuple(sorted(kept))
+    def loss(self, dropped: Collection[int]) -> float:
+        """Return the loss without some of the blocks; see :class:`PartialLoss`."""
+        key = tuple(sorted(dropped))
         if key not in self._known:
             self._known[key] = self._partial_loss(key)
         return self._known[key]
@@ -119,7 +120,7 @@ class Calibration:
     def statistics(self, need: Need, blocks: Collection[int]) -> InputMoments | GradientScores:
         """Return what there is to say of the matrices of some blocks."""
         folder = user_cache("calibration")
-        kept = None if folder is None else folder / f"{self._key}-{need}"
+        kept = folder / f"{self._key}-{need}" if folder is not None and _takes(folder) else None
         return _SOURCES[need](self._full, self._batches, blocks, kept)
 
     @cached_property
@@ -169,6 +170,13 @@ def calibrate(full: FullModel, config: CompressConfig, notice: Notice | None) ->
             rank=config.harmonizer_rank, steps=config.harmonizer_steps, seed=config.seed
         )
         return Calibration(full, rows, data.digest, training)
+
+
+def _takes(folder: Path) -> bool:
+    """Return whether files can be kept in a folder, which is made if need be."""
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return os.access(folder, os.W_OK)
 
 
 def _draw(path: Path, count: int, seed: int) -> Tensor:

@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from offsite_ray.errors import DataError
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_MOST_DAMPING = 8
+"""Times that the damping is made ten times as large."""
 
 
 def kept_rank(weight: Tensor, ratio: float) -> int:
@@ -34,16 +40,36 @@ def truncate_whitened(weight: Tensor, moment: Tensor, rank: int, damping: float 
     With ``A = E[a a^T] = S S^T`` (Cholesky), the truncated SVD of ``W S``, times ``S^-1``,
     minimises ``E|W a - W' a|^2``: SVD-LLM, Wang et al., arXiv 2403.07378, section 3.1.
 
+    A moment that was summed in float32 may have eigenvalues a little below zero, those of
+    directions in which nothing was seen: the damping grows until there is a root.
+
     Args:
         weight: ``(out, in)``.
         moment: ``(in, in)``: ``A``, over tokens. Fewer tokens than inputs leave directions in which
             nothing was seen.
         rank: At least 1.
-        damping: Added to the diagonal of ``A``, as a share of its mean, so that it has a root.
+        damping: Added to the diagonal of ``A``, as a share of its mean; the least that is tried.
+
+    Raises:
+        DataError: The moment is not finite.
     """
     wide = moment.double()
     floor = damping * wide.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    root = torch.linalg.cholesky(wide + floor * torch.eye(len(wide), dtype=torch.float64))
+    root = _root(wide, floor)
     seen = truncate(weight.double() @ root, rank)
     found: Tensor = torch.linalg.solve_triangular(root, seen, upper=False, left=False)
     return found.to(weight.dtype)
+
+
+def _root(moment: Tensor, floor: Tensor) -> Tensor:
+    """Return the Cholesky factor of a moment with as little on its diagonal as lets it have one."""
+    identity = torch.eye(len(moment), dtype=moment.dtype)
+    root: Tensor
+    for power in range(_MOST_DAMPING):
+        root, failed = torch.linalg.cholesky_ex(moment + 10**power * floor * identity)
+        if not failed:
+            return root
+    raise DataError(
+        "what goes into a matrix of the full model on the text of --calibration is not finite; "
+        "calibrate on other text"
+    )

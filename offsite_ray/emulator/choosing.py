@@ -29,6 +29,8 @@ class ChosenBlocks:
     """What a bundle is made of."""
 
     plan: SplitPlan
+    method: str
+    """Selection method that chose them; ``explicit`` where the plan names them."""
     stored: tuple[int, ...]
     """Block of the full model that stands at each position of the emulator model; that of
     ``plan.kept``, or of a shared block the one that is copied."""
@@ -52,8 +54,11 @@ def choose_blocks(full: FullModel, config: CompressConfig, notice: Notice | None
     method = selection_method(config.select)
     recipe: dict[str, Any] = {}
     calibration: Calibration | None = None
+    asked = False
 
     def select(middle: Sequence[int], num_kept: int) -> Sequence[int]:
+        nonlocal asked
+        asked = True
         if not method.needs_text:
             return method.choose(middle, num_kept, None)
         if not config.calibration:
@@ -69,7 +74,8 @@ def choose_blocks(full: FullModel, config: CompressConfig, notice: Notice | None
     plan = parse_plan(config.plan, full.arch.num_blocks, select)
     check_separable(full.config, full.arch, plan)
     if not method.keeps_depth or plan.keeps_every_block:
-        return ChosenBlocks(plan=plan, stored=plan.kept, recipe=recipe)
+        name = method.name if asked else "explicit"
+        return ChosenBlocks(plan=plan, method=name, stored=plan.kept, recipe=recipe)
     if method.replaces:
         if calibration is None:
             raise PlanError(
@@ -83,7 +89,12 @@ def choose_blocks(full: FullModel, config: CompressConfig, notice: Notice | None
         raise PlanError(f"{config.plan!r} with --select {method.name}: {error}") from error
     shared = replace(plan, emulator=plan.middle)
     stored = tuple(nearest[index] for index in shared.kept)
-    return ChosenBlocks(plan=shared, stored=stored, recipe={**recipe, "copies_of": list(stored)})
+    return ChosenBlocks(
+        plan=shared,
+        method=method.name,
+        stored=stored,
+        recipe={**recipe, "copies_of": list(stored)},
+    )
 
 
 def _with_harmonizers(
@@ -112,6 +123,7 @@ def _with_harmonizers(
     whole = replace(plan, emulator=plan.middle)
     return ChosenBlocks(
         plan=whole,
+        method=config.select,
         stored=whole.kept,
         harmonizers=tensors,
         replaced=frozenset(learnt.harmonizers),

@@ -101,7 +101,7 @@ def compress(config: CompressConfig, notice: Notice | None = None) -> CompressRe
     matrices = linear_weights(full.config, full.arch, names) if compression.steps else {}
     statistics = measure(full, chosen, compression, matrices, config, notice)
     recipe = {
-        "selection": {"method": config.select, "seed": config.seed, **chosen.recipe},
+        "selection": {"method": chosen.method, "seed": config.seed, **chosen.recipe},
         "compression": {**compression.recipe(), **statistics.recipe},
         "distillation": None,
     }
@@ -119,7 +119,7 @@ def compress(config: CompressConfig, notice: Notice | None = None) -> CompressRe
         out=str(out),
         id=manifest.id,
         plan=plan.short,
-        select=config.select,
+        select=chosen.method,
         compress=compression.text,
         adapter=plan.adapter,
         emulator=plan.emulator,
