@@ -7,6 +7,8 @@ artefact that was being made, from its last checkpoint.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import shutil
 import time
@@ -150,8 +152,15 @@ def run_job(job: Job, shared: Shared, tell: Tell) -> Record:
             "found": {**bench.found, **shared.facts},
         }
         folders.write_record(job.id, record)
-    gc.collect()
+    _give_back()
     return record
+
+
+def _give_back() -> None:
+    """Return memory that is free to the system, for the next job of this process."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def base_record(job: Job, status: str, **more: Any) -> Record:
