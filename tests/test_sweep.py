@@ -344,6 +344,7 @@ def test_optuna_asks_for_points_and_again_for_the_same(loop: Loop, tmp_path: Pat
             "angular looks at what the full model does with text",
         ),
         ({"seq_len": 65}, "64 positions"),
+        ({"proxy": "hiden"}, "unknown proxy 'hiden'"),
         ({"space": {"compress": {"plan": "4-2-1"}}}, "needs 7 blocks"),
         ({"private": ("missing.txt",)}, "missing.txt"),
         ({"search": "optuna", "num_points": 2}, "needs the package optuna"),

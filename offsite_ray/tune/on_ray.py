@@ -179,10 +179,8 @@ class _Stopper(FIFOScheduler):
         if self._halving is None or not losses:
             return TrialScheduler.CONTINUE
         job = Job.from_plain(trial.config["job"])
-        self._halving.keep(job.id, result[_STEP], losses)
-        if job.control is None and self._halving.is_hopeless(job.id, result[_STEP]):
-            return TrialScheduler.STOP
-        return TrialScheduler.CONTINUE
+        stops = self._halving.stops(job, result[_STEP], losses)
+        return TrialScheduler.STOP if stops else TrialScheduler.CONTINUE
 
 
 class _Follower(tune.Callback):

@@ -32,7 +32,7 @@ from offsite_ray.tune.front import (
     most_worth,
     scores,
 )
-from offsite_ray.tune.halving import Halving
+from offsite_ray.tune.halving import Halving, check_proxy
 from offsite_ray.tune.plan import Planner
 from offsite_ray.tune.presets import PRESETS
 from offsite_ray.tune.recipe import prune_bundles, write_winner
@@ -167,6 +167,7 @@ def plan_sweep(config: SweepConfig, root: Path, notice: Notice) -> Sweep:
     Raises:
         OffsiteError: The space, the data or the model cannot be used.
     """
+    check_proxy(config.proxy)
     folders = Folders(root)
     model = model_directory(config.model)
     model_config = load_config(model)
@@ -276,6 +277,7 @@ def _run(planned: Sweep, watch: Watch, notice: Notice) -> bool:
             grace_steps=config.grace_steps,
             reduction_factor=config.reduction_factor,
             proxy=config.proxy,
+            planner=planned.planner,
         )
     source = _source(planned, known)
     if config.max_concurrent == 0:
