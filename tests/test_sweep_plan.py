@@ -15,6 +15,7 @@ from offsite_ray.cli.verbs import VERBS
 from offsite_ray.config import SweepConfig
 from offsite_ray.errors import ConfigError, PlanError
 from offsite_ray.finetuning import FINETUNING_METHODS
+from offsite_ray.tune.checks import check_space, workers_per_trial
 from offsite_ray.tune.halving import Halving, behind, check_proxy
 from offsite_ray.tune.plan import Job, Planner, controls
 from offsite_ray.tune.presets import PRESETS
@@ -356,3 +357,23 @@ def test_planning_needs_no_ray() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_early_stopping_is_refused_where_workers_of_their_own_distil() -> None:
+    variants = space(distill={"max_steps": 4, "num_workers": [0, 2]})
+    given = {**GIVEN, "public": ("p",), "space": {"compress": {"plan": "1-2-1"}}}
+    check_space(variants, SweepConfig(**given))
+    with pytest.raises(ConfigError, match=r"early_stop with distill\.num_workers=2"):
+        check_space(variants, SweepConfig(**given, early_stop=True))
+    only_finetune = space(finetune={"num_workers": 2}, distill={"max_steps": 4})
+    check_space(only_finetune, SweepConfig(**given, early_stop=True))
+    with pytest.raises(ConfigError, match="the space distils"):
+        check_space(variants, SweepConfig(**{**given, "public": ()}))
+
+
+def test_the_workers_of_a_trial_are_known_before() -> None:
+    alternatives = [{"distill": {"num_workers": [0, 3]}}, {"finetune": {"num_workers": 2}}]
+    assert workers_per_trial(space(any_of=alternatives)) == {"distill": 3, "finetune": 2}
+    assert not any(workers_per_trial(space(distill={"max_steps": 0, "num_workers": 3})).values())
+    with pytest.raises(ConfigError, match=r"distill\.num_workers is a range"):
+        workers_per_trial(space(distill={"num_workers": {"low": 1, "high": 2}}))

@@ -15,6 +15,7 @@ from offsite_ray.errors import ConfigError, StorageError
 from offsite_ray.evaluation.perplexity import context_length
 from offsite_ray.results import to_plain
 from offsite_ray.tune.attempts import run_one_by_one
+from offsite_ray.tune.checks import check_space, workers_per_trial
 from offsite_ray.tune.folders import (
     FAILED,
     FINISHED,
@@ -32,15 +33,15 @@ from offsite_ray.tune.front import (
     most_worth,
     scores,
 )
-from offsite_ray.tune.halving import Halving, check_proxy
+from offsite_ray.tune.halving import Halving
 from offsite_ray.tune.plan import Planner
 from offsite_ray.tune.presets import PRESETS
 from offsite_ray.tune.recipe import prune_bundles, write_winner
 from offsite_ray.tune.search import Listed, Suggested
-from offsite_ray.tune.space import Range, draw, grid, may_distil, parse_space, stage_fields
+from offsite_ray.tune.space import draw, grid, parse_space, stage_fields
 from offsite_ray.tune.table import rows_of, summaries, write_table
 from offsite_ray.tune.tensorboard import TensorBoardToo
-from offsite_ray.tune.trial import Shared, wants_text
+from offsite_ray.tune.trial import Shared
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -119,15 +120,8 @@ class Sweep:
     @property
     def workers_per_trial(self) -> int:
         """Most Ray Train workers that a trial asks for."""
-        counts = [
-            int(value)
-            for variant in self.variants
-            for name, knob in variant.items()
-            if name.endswith(".num_workers") and isinstance(knob, tuple)
-            for value in knob
-            if isinstance(value, int)
-        ]
-        return max(counts, default=0)
+        own = self.planner.baseline.get("num_workers", 0)
+        return max(int(own or 0), *workers_per_trial(self.variants).values())
 
 
 def sweep(config: SweepConfig, notice: Notice, watching: Callable[[Sweep], Watch]) -> SweepResult:
@@ -167,7 +161,6 @@ def plan_sweep(config: SweepConfig, root: Path, notice: Notice) -> Sweep:
     Raises:
         OffsiteError: The space, the data or the model cannot be used.
     """
-    check_proxy(config.proxy)
     folders = Folders(root)
     model = model_directory(config.model)
     model_config = load_config(model)
@@ -178,11 +171,10 @@ def plan_sweep(config: SweepConfig, root: Path, notice: Notice) -> Sweep:
     )
     over = PRESETS[config.preset].variants(planner.num_blocks) if config.preset else ()
     variants = parse_space(config.space or {}, over)
+    check_space(variants, config)
     if config.search != "optuna":
         points = grid(variants) if config.search == "grid" else draw(variants, 1, config.seed)
         planner.jobs(points)
-    if not config.public:
-        _check_without_text(variants)
     context_length(model_config, config.seq_len)
     _check_same(config, folders)
     data = {
@@ -231,21 +223,6 @@ def _prepared(
         return open_prepared(Path(own[0]).resolve(), model, model_config.vocab_size)
     once(out, lambda path: write_blocks(sources, model, config.seq_len, path, notice))
     return open_prepared(out, model, model_config.vocab_size)
-
-
-def _check_without_text(variants: Sequence[Variant]) -> None:
-    """Refuse a space that takes public text where there is none."""
-    if any(map(may_distil, variants)):
-        raise ConfigError("the space distils; give the text for it as public: [FILE]")
-    for variant in variants:
-        for field in ("select", "compress"):
-            knob = variant.get(f"compress.{field}", ())
-            for value in () if isinstance(knob, Range) else knob:
-                if wants_text({field: value, "calibration": variant.get("compress.calibration")}):
-                    raise ConfigError(
-                        f"{field}: {value} looks at what the full model does with text; give it "
-                        "some as public: [FILE]"
-                    )
 
 
 def _check_same(config: SweepConfig, folders: Folders) -> None:
