@@ -210,6 +210,10 @@ def test_a_plan_or_a_value_that_cannot_be_is_refused_before_anything_runs() -> N
         planner().jobs(grid(space(finetune={"batch_size": 0})))
     with pytest.raises(ConfigError, match=r"method='lorra'"):
         planner().jobs(grid(space(finetune={"method": "lorra"})))
+    with pytest.raises(PlanError, match="unknown selection method 'unifrom'"):
+        planner().jobs(grid(space(compress={"plan": "1-2-1", "select": "unifrom"})))
+    with pytest.raises(ConfigError, match="'prun'"):
+        planner().jobs(grid(space(compress={"plan": "1-2-1", "compress": "prun:1"})))
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -120,8 +120,9 @@ class Sweep:
     @property
     def workers_per_trial(self) -> int:
         """Most Ray Train workers that a trial asks for."""
-        own = self.planner.baseline.get("num_workers", 0)
-        return max(int(own or 0), *workers_per_trial(self.variants).values())
+        baseline = self.planner.baseline.get("num_workers")
+        own = baseline if isinstance(baseline, int) else 0
+        return max(own, *workers_per_trial(self.variants).values())
 
 
 def sweep(config: SweepConfig, notice: Notice, watching: Callable[[Sweep], Watch]) -> SweepResult:
