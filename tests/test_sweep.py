@@ -347,6 +347,9 @@ def test_optuna_asks_for_points_and_again_for_the_same(loop: Loop, tmp_path: Pat
         ({"proxy": "hiden"}, "unknown proxy 'hiden'"),
         ({"space": {"compress": {"plan": "4-2-1"}}}, "needs 7 blocks"),
         ({"private": ("missing.txt",)}, "missing.txt"),
+        ({"text": ("missing.txt",)}, "missing.txt"),
+        ({"tasks": ("arc_easie",)}, "did you mean 'arc_easy'?"),
+        ({"tasks": ("arc_easy",), "task_data": ("arc_easy=missing.json",)}, "missing.json"),
         ({"search": "optuna", "num_points": 2}, "needs the package optuna"),
     ],
 )
@@ -362,3 +365,16 @@ def test_a_mistake_is_told_before_anything_runs(
         run(a_config(loop, tmp_path / "out", **changes))
     assert said in str(caught.value)
     assert not (tmp_path / "out" / "trials").exists()
+
+
+def test_documents_of_tasks_are_found_from_any_directory(
+    loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"question": "What is 1 + 1?", "choices": ["2", "3"], "answer": 0}
+    (tmp_path / "asked.json").write_text(json.dumps([row, row]))
+    monkeypatch.chdir(tmp_path)
+    config = a_config(
+        loop, tmp_path / "out", tasks=("arc_easy",), task_data=("arc_easy=asked.json",)
+    )
+    planned = plan_sweep(config, tmp_path / "out", lambda _: None)
+    assert planned.shared.task_data == (f"arc_easy={tmp_path / 'asked.json'}",)

@@ -5,16 +5,37 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from offsite_ray.config import EvaluateConfig
 from offsite_ray.errors import ConfigError
+from offsite_ray.evaluation.settings import open_yardstick
 from offsite_ray.tune.halving import check_proxy
 from offsite_ray.tune.space import Range, may_distil
 from offsite_ray.tune.trial import wants_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
+
+    from transformers.configuration_utils import PretrainedConfig
 
     from offsite_ray.config import SweepConfig
     from offsite_ray.tune.space import Variant
+
+_MEASURING = (
+    "model", "blocks", "text", "tasks", "task_data", "task_path", "task_limit", "seq_len",
+    "batch_size", "dtype",
+)  # fmt: skip
+"""Fields of an evaluation that a sweep gives every job."""
+
+
+def check_measuring(config: SweepConfig, model: Path, model_config: PretrainedConfig) -> None:
+    """Read the texts and the tasks that every job is measured with, as an evaluation does.
+
+    Raises:
+        OffsiteError: One of them cannot be read, or the model has fewer positions.
+    """
+    measuring = EvaluateConfig(**{name: getattr(config, name) for name in _MEASURING})
+    open_yardstick(measuring, model, model_config)
 
 
 def check_space(variants: Sequence[Variant], config: SweepConfig) -> None:

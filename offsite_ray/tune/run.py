@@ -12,10 +12,9 @@ from offsite_ray.architectures import load_config, model_directory, resolve_arch
 from offsite_ray.bundle import check_parent
 from offsite_ray.data import is_prepared, open_prepared, write_blocks
 from offsite_ray.errors import ConfigError, StorageError
-from offsite_ray.evaluation.perplexity import context_length
 from offsite_ray.results import to_plain
 from offsite_ray.tune.attempts import run_one_by_one
-from offsite_ray.tune.checks import check_space, workers_per_trial
+from offsite_ray.tune.checks import check_measuring, check_space, workers_per_trial
 from offsite_ray.tune.folders import (
     FAILED,
     FINISHED,
@@ -176,7 +175,7 @@ def plan_sweep(config: SweepConfig, root: Path, notice: Notice) -> Sweep:
     if config.search != "optuna":
         points = grid(variants) if config.search == "grid" else draw(variants, 1, config.seed)
         planner.jobs(points)
-    context_length(model_config, config.seq_len)
+    check_measuring(config, model, model_config)
     _check_same(config, folders)
     data = {
         name: _prepared(sources, model, model_config, config, folders.shared / name, notice)
@@ -191,7 +190,7 @@ def plan_sweep(config: SweepConfig, root: Path, notice: Notice) -> Sweep:
         blocks=config.blocks,
         text=tuple(_path(source) for source in config.text),
         tasks=config.tasks,
-        task_data=config.task_data,
+        task_data=tuple(_with_path(entry) for entry in config.task_data),
         task_path=tuple(_path(source) for source in config.task_path),
         task_limit=config.task_limit,
         seq_len=config.seq_len,
@@ -206,6 +205,12 @@ def plan_sweep(config: SweepConfig, root: Path, notice: Notice) -> Sweep:
 def _path(source: str) -> str:
     """Return the path that a process with another working directory takes for the same."""
     return str(Path(source).resolve()) if Path(source).exists() else source
+
+
+def _with_path(entry: str) -> str:
+    """Return a ``TASK=FILE`` with such a path."""
+    task, _, file = entry.partition("=")
+    return f"{task}={_path(file)}"
 
 
 def _prepared(
