@@ -232,15 +232,22 @@ def _prepared(
 
 
 def _check_same(config: SweepConfig, folders: Folders) -> None:
-    """Refuse to go on with a sweep of other settings; raise :class:`StorageError`."""
+    """Refuse to go on with a sweep of other settings; raise :class:`StorageError`.
+
+    Where nothing came of those settings they are replaced, and what was made for them is removed.
+    """
     plain = to_plain(config)
     before = read_record(folders.settings)
     for name in sorted(set(plain) - _FREE_TO_CHANGE) if before is not None else ():
-        if before is not None and before.get(name) != plain[name]:
+        if before is None or before.get(name) == plain[name]:
+            continue
+        if folders.began:
             raise StorageError(
                 f"{folders.root} is a sweep with {name}={before.get(name)!r}, not {plain[name]!r}; "
                 "go on with the same, or choose another --out"
             )
+        folders.clear()
+        break
     write_json(folders.settings, plain)
 
 
@@ -295,7 +302,7 @@ def _source(planned: Sweep, known: dict[str, Any]) -> Source:
         score,
         ["maximize"] * len(objectives),
         config.max_concurrent or 2,
-        planned.folders.root / "asked.json",
+        planned.folders.asked,
     )
 
 
