@@ -229,6 +229,9 @@ def test_distillations_that_are_behind_are_stopped_and_controls_are_not(
     again, seen = run(config)
     assert seen.begun == []
     assert again.num_stopped == result.num_stopped
+    again, seen = run(dataclasses.replace(config, early_stop=False))
+    assert set(seen.begun) == {row["id"] for row in stopped}
+    assert (again.num_stopped, again.num_finished) == (0, len(rows))
 
 
 def test_what_was_measured_before_an_interrupt_is_a_result(loop: Loop, tmp_path: Path) -> None:

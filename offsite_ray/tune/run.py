@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from offsite_ray.architectures import Notice
     from offsite_ray.config import SweepConfig
     from offsite_ray.tune.attempts import Watch
+    from offsite_ray.tune.folders import Record
     from offsite_ray.tune.front import Distilled
     from offsite_ray.tune.plan import Job
     from offsite_ray.tune.search import Source
@@ -115,6 +116,11 @@ class Sweep:
         if self.config.search == "grid":
             return grid(self.variants)
         return draw(self.variants, self.config.num_points or 1, self.config.seed)
+
+    def is_over(self, record: Record) -> bool:
+        """Return whether a job is not run again: it is where it failed, or none is stopped now."""
+        again = (FAILED,) if self.config.early_stop else (FAILED, STOPPED)
+        return record["status"] not in again
 
     @property
     def workers_per_trial(self) -> int:
@@ -252,13 +258,14 @@ def _check_same(config: SweepConfig, folders: Folders) -> None:
 
 
 def _run(planned: Sweep, watch: Watch, notice: Notice) -> bool:
-    """Run what is left; return whether every job was given out."""
+    """Run what is left; return whether every job came to an end."""
     config, folders = planned.config, planned.folders
-    known = {r["id"]: r for r in folders.records() if r["status"] != FAILED}
+    records = folders.records()
+    known = {record["id"]: record for record in records if planned.is_over(record)}
     if known:
         notice(f"{len(known)} jobs are finished already")
-    for record in folders.records():
-        if record["status"] == FAILED:
+    for record in records:
+        if record["id"] not in known:
             folders.record_file(record["id"]).unlink()
     halving = None
     if config.early_stop:
@@ -276,7 +283,7 @@ def _run(planned: Sweep, watch: Watch, notice: Notice) -> bool:
         from offsite_ray.tune.on_ray import run_on_tune
 
         run_on_tune(source, planned.shared, watch, halving, config, planned.workers_per_trial)
-    return source.exhausted
+    return source.done
 
 
 def _source(planned: Sweep, known: dict[str, Any]) -> Source:

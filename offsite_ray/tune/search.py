@@ -39,6 +39,11 @@ class Source(Protocol):
         """Whether there is no further job, whatever becomes of those that are out."""
         ...
 
+    @property
+    def done(self) -> bool:
+        """Whether there is no further job, and all that were given out came to an end."""
+        ...
+
 
 class Listed:
     """Jobs that are known from the start."""
@@ -46,18 +51,28 @@ class Listed:
     def __init__(self, jobs: Sequence[Job]) -> None:
         """Take the jobs that are yet to be run."""
         self._jobs = deque(jobs)
+        self._out: set[str] = set()
 
     def next(self) -> Job | None:
         """Return the next job."""
-        return self._jobs.popleft() if self._jobs else None
+        if not self._jobs:
+            return None
+        self._out.add(self._jobs[0].id)
+        return self._jobs.popleft()
 
     def told(self, record: Record) -> None:
-        """Learn nothing."""
+        """Take note that a job is no longer out."""
+        self._out.discard(record["id"])
 
     @property
     def exhausted(self) -> bool:
         """Whether all were given out."""
         return not self._jobs
+
+    @property
+    def done(self) -> bool:
+        """Whether all were given out and came to an end."""
+        return self.exhausted and not self._out
 
 
 @dataclass(kw_only=True, slots=True)
@@ -132,6 +147,11 @@ class Suggested:
     def exhausted(self) -> bool:
         """Whether all points were asked for, and all their jobs given out."""
         return not self._queue and not self._left
+
+    @property
+    def done(self) -> bool:
+        """Whether all points were asked for, and all their jobs came to an end."""
+        return self.exhausted and self._given <= self._records.keys()
 
     def _ask(self) -> None:
         trial = self._study.ask()
