@@ -80,13 +80,10 @@ def run_on_tune(
     with embedded_ray(workers_per_trial):
         tuner = tune.Tuner(
             tune.with_resources(_trial, {"CPU": config.num_cpus, "GPU": config.num_gpus}),
-            tune_config=tune.TuneConfig(
-                search_alg=_Jobs(source, shared, config.num_cpus),
-                scheduler=_Stopper(halving),
-                num_samples=-1,
-                max_concurrent_trials=concurrency(config, workers_per_trial),
-                # A process that has imported torch is worth more than the trial that ran in it.
-                reuse_actors=True,
+            tune_config=tune_config(
+                _Jobs(source, shared, config.num_cpus),
+                halving,
+                concurrency(config, workers_per_trial),
             ),
             run_config=tune.RunConfig(
                 name="tune",
@@ -98,6 +95,20 @@ def run_on_tune(
         )
         tuner.fit()
     shutil.rmtree(folders.ray, ignore_errors=True)
+
+
+def tune_config(jobs: Searcher, halving: Halving | None, num_trials: int) -> tune.TuneConfig:
+    """Return how Tune runs jobs, so many at a time."""
+    return tune.TuneConfig(
+        search_alg=jobs,
+        scheduler=_Stopper(halving),
+        num_samples=-1,
+        max_concurrent_trials=num_trials,
+        # A process that has imported torch is worth more than the trial that ran in it. But where
+        # a stopped trial does not unwind in time, Tune takes its process from the next one, which
+        # then ends in error, unseen by callbacks and not tried again.
+        reuse_actors=halving is None,
+    )
 
 
 def concurrency(config: SweepConfig, workers_per_trial: int) -> int:
