@@ -30,6 +30,14 @@ if TYPE_CHECKING:
         ({"seq_len": 65}, "64 positions"),
         ({"proxy": "hiden"}, "unknown proxy 'hiden'"),
         ({"space": {"compress": {"plan": "4-2-1"}}}, "needs 7 blocks"),
+        (
+            {
+                "space": {"compress": {"plan": ["1-2-1", "1-3-1", "4-2-1"]}},
+                "search": "random",
+                "num_points": 1,
+            },
+            "needs 7 blocks",
+        ),
         ({"private": ("missing.txt",)}, "missing.txt"),
         ({"text": ("missing.txt",)}, "missing.txt"),
         ({"tasks": ("arc_easie",)}, "did you mean 'arc_easy'?"),

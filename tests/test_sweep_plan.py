@@ -19,7 +19,6 @@ from offsite_ray.tune.checks import check_space, workers_per_trial
 from offsite_ray.tune.halving import Halving, behind, check_proxy
 from offsite_ray.tune.plan import Job, Planner, controls
 from offsite_ray.tune.presets import PRESETS
-from offsite_ray.tune.search import Listed
 from offsite_ray.tune.space import (
     Range,
     draw,
@@ -353,16 +352,6 @@ def test_the_space_is_read_from_yaml_and_from_the_command_line(tmp_path: Path) -
     for wrong in ("--space=plan", "--preset=figure9"):
         with pytest.raises(ConfigError, match="must be"):
             parse(VERBS["sweep"], [*words, wrong], VERBS)
-
-
-def test_a_source_is_done_when_the_last_job_it_gave_has_come_to_an_end() -> None:
-    source = Listed([a_job(0), a_job(1)])
-    given = [source.next(), source.next()]
-    assert (source.next(), source.exhausted, source.done) == (None, True, False)
-    for job in filter(None, given):
-        assert not source.done
-        source.told({"id": job.id})
-    assert source.done
 
 
 def test_planning_needs_no_ray() -> None:

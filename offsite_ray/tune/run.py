@@ -37,7 +37,7 @@ from offsite_ray.tune.plan import Planner
 from offsite_ray.tune.presets import PRESETS
 from offsite_ray.tune.recipe import prune_bundles, write_winner
 from offsite_ray.tune.search import Listed, Suggested
-from offsite_ray.tune.space import draw, grid, parse_space, stage_fields
+from offsite_ray.tune.space import draw, every_value, grid, parse_space, stage_fields
 from offsite_ray.tune.table import rows_of, summaries, write_table
 from offsite_ray.tune.tensorboard import TensorBoardToo
 from offsite_ray.tune.trial import Shared
@@ -178,9 +178,7 @@ def plan_sweep(config: SweepConfig, root: Path, notice: Notice) -> Sweep:
     over = PRESETS[config.preset].variants(planner.num_blocks) if config.preset else ()
     variants = parse_space(config.space or {}, over)
     check_space(variants, config)
-    if config.search != "optuna":
-        points = grid(variants) if config.search == "grid" else draw(variants, 1, config.seed)
-        planner.jobs(points)
+    planner.jobs(grid(variants) if config.search == "grid" else every_value(variants))
     check_measuring(config, model, model_config)
     _check_same(config, folders)
     data = {
@@ -308,7 +306,6 @@ def _source(planned: Sweep, known: dict[str, Any]) -> Source:
         known,
         score,
         ["maximize"] * len(objectives),
-        config.max_concurrent or 2,
         planned.folders.asked,
     )
 
