@@ -17,6 +17,8 @@ import pytest
 
 from offsite_ray.tune import sweep
 from offsite_ray.tune.folders import Folders
+from offsite_ray.tune.halving import Halving
+from offsite_ray.tune.plan import Planner
 from tests.conftest import ROOT
 from tests.sweeps import Seen, a_config, run, table
 
@@ -88,6 +90,19 @@ def test_tune_stops_distillations_that_are_behind(
     assert left == []
     _, seen = run(config)
     assert seen.begun == []
+
+
+def test_the_process_of_a_trial_is_used_again_only_where_none_is_stopped(tmp_path: Path) -> None:
+    from ray.tune.search import Searcher
+
+    from offsite_ray.tune.on_ray import tune_config
+
+    planner = Planner(num_blocks=6, seeds=[0], baseline={})
+    halving = Halving(
+        folder=str(tmp_path), grace_steps=1, reduction_factor=2, proxy="loss", planner=planner
+    )
+    assert tune_config(Searcher(), None, 2).reuse_actors
+    assert not tune_config(Searcher(), halving, 2).reuse_actors
 
 
 def offsite_ray(loop: Loop, out: Path, **changes: Any) -> subprocess.Popen[str]:

@@ -46,7 +46,7 @@ class Count:
             planned: The sweep.
         """
         records = planned.folders.records()
-        self.done = sum(record["status"] != "failed" for record in records)
+        self.done = sum(map(planned.is_over, records))
         self.failed = 0
         self.best: tuple[float, str] | None = None
         self.total = None if planned.config.search == "optuna" else len(planned.jobs())

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.configuration_utils import PretrainedConfig
 
     from offsite_ray.config import EvaluateConfig
 
@@ -105,7 +106,7 @@ def evaluate(
     start = time.perf_counter()
     _check_outputs(config)
     artefacts = open_artefacts(config)
-    yardstick = _yardstick(config, artefacts.full)
+    yardstick = open_yardstick(config, artefacts.full.path, artefacts.full.config)
     measured: dict[str, SettingResult] = {}
     for name, model in models(artefacts, DTYPES[config.dtype]):
         if name not in settings:
@@ -185,8 +186,21 @@ def _is_bound(adapter: AdapterBundle) -> bool:
     return adapter.plan.keeps_every_block and not (replaced or changed or distilled)
 
 
-def _yardstick(config: EvaluateConfig, full: FullModel) -> Yardstick:
-    tokenizer = load_tokenizer(full.path)
+def open_yardstick(
+    config: EvaluateConfig, model: Path, model_config: PretrainedConfig
+) -> Yardstick:
+    """Read and check what settings are measured with; no weight is read.
+
+    Args:
+        config: Texts and tasks.
+        model: Directory of the full model.
+        model_config: Its configuration.
+
+    Raises:
+        OffsiteError: A text or a task cannot be read, or the model has fewer positions.
+    """
+    seq_len = context_length(model_config, config.seq_len)
+    tokenizer = load_tokenizer(model)
     tasks = None
     if config.tasks:
         tasks = load_tasks(
@@ -200,7 +214,7 @@ def _yardstick(config: EvaluateConfig, full: FullModel) -> Yardstick:
         tokenizer=tokenizer,
         documents=encode(tokenizer, _texts(config)) if config.text else [],
         tasks=tasks,
-        seq_len=context_length(full.config, config.seq_len),
+        seq_len=seq_len,
         batch_size=config.batch_size,
     )
 

@@ -119,10 +119,8 @@ def run_one_by_one(
 def _told(job: Job, watch: Watch, halving: Halving | None) -> Callable[..., None]:
     def tell(step: int, losses: Mapping[str, float]) -> None:
         watch.evaluated(job, step, losses)
-        if halving is not None:
-            halving.keep(job.id, step, losses)
-            if job.control is None and halving.is_hopeless(job.id, step):
-                raise StopTrial
+        if halving is not None and halving.stops(job, step, losses):
+            raise StopTrial
 
     return tell
 

@@ -60,6 +60,11 @@ class Folders:
         return self.root / "rungs"
 
     @property
+    def asked(self) -> Path:
+        """Points that Optuna asked for, as JSON."""
+        return self.root / "asked.json"
+
+    @property
     def ray(self) -> Path:
         """What Ray Tune keeps; nothing is read back from it."""
         return self.root / ".ray"
@@ -104,6 +109,19 @@ class Folders:
         """Return every record, by the name of its job."""
         found = (read_record(path) for path in sorted(self.trials.glob("*/result.json")))
         return [record for record in found if record is not None]
+
+    @property
+    def began(self) -> bool:
+        """Whether some job has come to a result, or is on its way to one."""
+        jobs = (path.name for path in self.trials.glob("*") if path.is_dir())
+        records = map(self.record, jobs)
+        return any(record is None or record["status"] != FAILED for record in records)
+
+    def clear(self) -> None:
+        """Remove what was made for settings that nothing came of."""
+        for path in (self.trials, self.shared, self.rungs, self.tensorboard):
+            shutil.rmtree(path, ignore_errors=True)
+        self.asked.unlink(missing_ok=True)
 
 
 def read_record(path: Path) -> Record | None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Early stopping by asynchronous successive halving (ASHA; Li et al., arXiv 1810.05934).
 
-At a rung, a number of steps, a distillation goes on if its loss is among the best of those that
-have come there so far: one in ``reduction_factor``. What a rung knows lies in the sweep's
+On arrival at a rung, a number of steps, a distillation goes on if its loss is among the best of
+those that have come there so far: one in ``reduction_factor``. Only equals are compared: emulators
+of as many blocks, with as many steps ahead of them. What a rung knows lies in the sweep's
 directory, so a sweep that was killed goes on comparing with all that ran before.
 """
 
@@ -14,10 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from offsite_ray.distillation import DISTILLATION_LOSSES
+from offsite_ray.errors import ConfigError, unknown_name
 from offsite_ray.tune.folders import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from offsite_ray.tune.plan import Job, Planner
+
+PROXIES = ("loss", *DISTILLATION_LOSSES)
+"""What distillations can be compared by: the weighted sum, or a part of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +39,7 @@ class Halving:
     reduction_factor: int
     proxy: str
     """Part of the held-out loss, lower is better."""
+    planner: Planner
 
     def rung(self, step: int) -> int | None:
         """Return the highest rung that a step is at or beyond; None before the first."""
@@ -39,25 +48,41 @@ class Halving:
         power = int(math.log(step / self.grace_steps, self.reduction_factor) + 1e-9)
         return int(self.grace_steps * self.reduction_factor**power)
 
-    def keep(self, job: str, step: int, losses: Mapping[str, float]) -> None:
-        """Keep a job's loss at the rung that its step has come to; the first there counts."""
+    def stops(self, job: Job, step: int, losses: Mapping[str, float]) -> bool:
+        """Keep a job's loss on its arrival at a rung; return whether the job is to be stopped.
+
+        A job is judged when it arrives, never between rungs: by then others may have come to the
+        rung, but its own loss there is of the past. Controls are kept, and never stopped.
+        """
         rung, loss = self.rung(step), losses.get(self.proxy)
         if rung is None or loss is None or not math.isfinite(loss):
-            return
-        path = Path(self.folder) / str(rung) / f"{job}.json"
-        if not path.exists():
-            write_json(path, loss)
-
-    def is_hopeless(self, job: str, step: int) -> bool:
-        """Return whether a job is behind at the rung that its step has come to."""
-        rung = self.rung(step)
-        if rung is None:
             return False
-        losses = {
-            path.stem: float(json.loads(path.read_text(encoding="utf-8")))
-            for path in (Path(self.folder) / str(rung)).glob("*.json")
-        }
-        return job in losses and behind(losses[job], list(losses.values()), self.reduction_factor)
+        path = self._equals(job) / str(rung) / f"{job.id}.json"
+        if path.exists():
+            return False
+        write_json(path, loss)
+        there = [
+            json.loads(file.read_text(encoding="utf-8")) for file in path.parent.glob("*.json")
+        ]
+        return job.control is None and behind(loss, there, self.reduction_factor)
+
+    def _equals(self, job: Job) -> Path:
+        """Return the folder of the jobs that a job is compared with.
+
+        A larger emulator has the smaller loss, and a cosine of fewer steps is further down it at
+        the same step; neither says which point is the better one of its kind.
+        """
+        size = len(self.planner.resolved(job.settings["compress"]).emulator)
+        distill = job.settings["distill"]
+        steps, epochs = distill.get("max_steps"), distill.get("epochs", 1)
+        length = f"{epochs}-epochs" if steps is None else f"{steps}-steps"
+        return Path(self.folder) / self.proxy / f"{size}-blocks-{length}"
+
+
+def check_proxy(proxy: str) -> None:
+    """Refuse a loss that there is none of; raise :class:`ConfigError`."""
+    if proxy not in PROXIES:
+        raise ConfigError(unknown_name("proxy", proxy, PROXIES))
 
 
 def behind(loss: float, losses: Sequence[float], reduction_factor: int) -> bool:

@@ -83,13 +83,10 @@ def run_on_tune(
     with embedded_ray(workers_per_trial):
         tuner = tune.Tuner(
             tune.with_resources(_trial, {"CPU": config.num_cpus, "GPU": config.num_gpus}),
-            tune_config=tune.TuneConfig(
-                search_alg=_Jobs(source, shared, config.num_cpus),
-                scheduler=_Stopper(halving),
-                num_samples=-1,
-                max_concurrent_trials=concurrency(config, workers_per_trial),
-                # A process that has imported torch is worth more than the trial that ran in it.
-                reuse_actors=True,
+            tune_config=tune_config(
+                _Jobs(source, shared, config.num_cpus),
+                halving,
+                concurrency(config, workers_per_trial),
             ),
             run_config=tune.RunConfig(
                 name="tune",
@@ -101,6 +98,20 @@ def run_on_tune(
         )
         tuner.fit()
     shutil.rmtree(folders.ray, ignore_errors=True)
+
+
+def tune_config(jobs: Searcher, halving: Halving | None, num_trials: int) -> tune.TuneConfig:
+    """Return how Tune runs jobs, so many at a time."""
+    return tune.TuneConfig(
+        search_alg=jobs,
+        scheduler=_Stopper(halving),
+        num_samples=-1,
+        max_concurrent_trials=num_trials,
+        # A process that has imported torch is worth more than the trial that ran in it. But where
+        # a stopped trial does not unwind in time, Tune takes its process from the next one, which
+        # then ends in error, unseen by callbacks and not tried again.
+        reuse_actors=halving is None,
+    )
 
 
 def concurrency(config: SweepConfig, workers_per_trial: int) -> int:
@@ -182,10 +193,8 @@ class _Stopper(FIFOScheduler):
         if self._halving is None or not losses:
             return TrialScheduler.CONTINUE
         job = Job.from_plain(trial.config["job"])
-        self._halving.keep(job.id, result[_STEP], losses)
-        if job.control is None and self._halving.is_hopeless(job.id, result[_STEP]):
-            return TrialScheduler.STOP
-        return TrialScheduler.CONTINUE
+        stops = self._halving.stops(job, result[_STEP], losses)
+        return TrialScheduler.STOP if stops else TrialScheduler.CONTINUE
 
 
 class _Follower(tune.Callback):

@@ -161,13 +161,19 @@ def keeps_all(plan: SplitPlan) -> str:
 
 
 def check_settings(settings: Settings) -> None:
-    """Make every configuration of a trial once, for its checks; raise :class:`ConfigError`."""
+    """Make every configuration of a trial once, for its checks, and look up every name.
+
+    Raises:
+        OffsiteError: One of them cannot be.
+    """
     from offsite_ray.config import CompressConfig, FinetuneConfig
+    from offsite_ray.emulator import looks_at_text
     from offsite_ray.finetuning import FINETUNING_METHODS
 
     compress: Any = settings["compress"]
     finetune: Any = settings["finetune"]
     CompressConfig(**compress, model="-", out="-")
+    looks_at_text(compress.get("select", "uniform"), compress.get("compress", "none"))
     FinetuneConfig(**finetune, bundle="-", data=("-",), out="-")
     method = finetune.get("method", "full")
     if method not in FINETUNING_METHODS:

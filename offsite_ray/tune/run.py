@@ -12,9 +12,9 @@ from offsite_ray.architectures import load_config, model_directory, resolve_arch
 from offsite_ray.bundle import check_parent
 from offsite_ray.data import is_prepared, open_prepared, write_blocks
 from offsite_ray.errors import ConfigError, StorageError
-from offsite_ray.evaluation.perplexity import context_length
 from offsite_ray.results import to_plain
 from offsite_ray.tune.attempts import run_one_by_one
+from offsite_ray.tune.checks import check_measuring, check_space, workers_per_trial
 from offsite_ray.tune.folders import (
     FAILED,
     FINISHED,
@@ -37,10 +37,10 @@ from offsite_ray.tune.plan import Planner
 from offsite_ray.tune.presets import PRESETS
 from offsite_ray.tune.recipe import prune_bundles, write_winner
 from offsite_ray.tune.search import Listed, Suggested
-from offsite_ray.tune.space import Range, draw, grid, may_distil, parse_space, stage_fields
+from offsite_ray.tune.space import draw, every_value, grid, parse_space, stage_fields
 from offsite_ray.tune.table import rows_of, summaries, write_table
 from offsite_ray.tune.tensorboard import TensorBoardToo
-from offsite_ray.tune.trial import Shared, wants_text
+from offsite_ray.tune.trial import Shared
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from offsite_ray.architectures import Notice
     from offsite_ray.config import SweepConfig
     from offsite_ray.tune.attempts import Watch
+    from offsite_ray.tune.folders import Record
     from offsite_ray.tune.front import Distilled
     from offsite_ray.tune.plan import Job
     from offsite_ray.tune.search import Source
@@ -116,18 +117,17 @@ class Sweep:
             return grid(self.variants)
         return draw(self.variants, self.config.num_points or 1, self.config.seed)
 
+    def is_over(self, record: Record) -> bool:
+        """Return whether a job is not run again: it is where it failed, or none is stopped now."""
+        again = (FAILED,) if self.config.early_stop else (FAILED, STOPPED)
+        return record["status"] not in again
+
     @property
     def workers_per_trial(self) -> int:
         """Most Ray Train workers that a trial asks for."""
-        counts = [
-            int(value)
-            for variant in self.variants
-            for name, knob in variant.items()
-            if name.endswith(".num_workers") and isinstance(knob, tuple)
-            for value in knob
-            if isinstance(value, int)
-        ]
-        return max(counts, default=0)
+        baseline = self.planner.baseline.get("num_workers")
+        own = baseline if isinstance(baseline, int) else 0
+        return max(own, *workers_per_trial(self.variants).values())
 
 
 def sweep(config: SweepConfig, notice: Notice, watching: Callable[[Sweep], Watch]) -> SweepResult:
@@ -177,12 +177,9 @@ def plan_sweep(config: SweepConfig, root: Path, notice: Notice) -> Sweep:
     )
     over = PRESETS[config.preset].variants(planner.num_blocks) if config.preset else ()
     variants = parse_space(config.space or {}, over)
-    if config.search != "optuna":
-        points = grid(variants) if config.search == "grid" else draw(variants, 1, config.seed)
-        planner.jobs(points)
-    if not config.public:
-        _check_without_text(variants)
-    context_length(model_config, config.seq_len)
+    check_space(variants, config)
+    planner.jobs(grid(variants) if config.search == "grid" else every_value(variants))
+    check_measuring(config, model, model_config)
     _check_same(config, folders)
     data = {
         name: _prepared(sources, model, model_config, config, folders.shared / name, notice)
@@ -197,7 +194,7 @@ def plan_sweep(config: SweepConfig, root: Path, notice: Notice) -> Sweep:
         blocks=config.blocks,
         text=tuple(_path(source) for source in config.text),
         tasks=config.tasks,
-        task_data=config.task_data,
+        task_data=tuple(_with_path(entry) for entry in config.task_data),
         task_path=tuple(_path(source) for source in config.task_path),
         task_limit=config.task_limit,
         seq_len=config.seq_len,
@@ -212,6 +209,12 @@ def plan_sweep(config: SweepConfig, root: Path, notice: Notice) -> Sweep:
 def _path(source: str) -> str:
     """Return the path that a process with another working directory takes for the same."""
     return str(Path(source).resolve()) if Path(source).exists() else source
+
+
+def _with_path(entry: str) -> str:
+    """Return a ``TASK=FILE`` with such a path."""
+    task, _, file = entry.partition("=")
+    return f"{task}={_path(file)}"
 
 
 def _prepared(
@@ -232,42 +235,35 @@ def _prepared(
     return open_prepared(out, model, model_config.vocab_size)
 
 
-def _check_without_text(variants: Sequence[Variant]) -> None:
-    """Refuse a space that takes public text where there is none."""
-    if any(map(may_distil, variants)):
-        raise ConfigError("the space distils; give the text for it as public: [FILE]")
-    for variant in variants:
-        for field in ("select", "compress"):
-            knob = variant.get(f"compress.{field}", ())
-            for value in () if isinstance(knob, Range) else knob:
-                if wants_text({field: value, "calibration": variant.get("compress.calibration")}):
-                    raise ConfigError(
-                        f"{field}: {value} looks at what the full model does with text; give it "
-                        "some as public: [FILE]"
-                    )
-
-
 def _check_same(config: SweepConfig, folders: Folders) -> None:
-    """Refuse to go on with a sweep of other settings; raise :class:`StorageError`."""
+    """Refuse to go on with a sweep of other settings; raise :class:`StorageError`.
+
+    Where nothing came of those settings they are replaced, and what was made for them is removed.
+    """
     plain = to_plain(config)
     before = read_record(folders.settings)
     for name in sorted(set(plain) - _FREE_TO_CHANGE) if before is not None else ():
-        if before is not None and before.get(name) != plain[name]:
+        if before is None or before.get(name) == plain[name]:
+            continue
+        if folders.began:
             raise StorageError(
                 f"{folders.root} is a sweep with {name}={before.get(name)!r}, not {plain[name]!r}; "
                 "go on with the same, or choose another --out"
             )
+        folders.clear()
+        break
     write_json(folders.settings, plain)
 
 
 def _run(planned: Sweep, watch: Watch, notice: Notice) -> bool:
-    """Run what is left; return whether every job was given out."""
+    """Run what is left; return whether every job came to an end."""
     config, folders = planned.config, planned.folders
-    known = {r["id"]: r for r in folders.records() if r["status"] != FAILED}
+    records = folders.records()
+    known = {record["id"]: record for record in records if planned.is_over(record)}
     if known:
         notice(f"{len(known)} jobs are finished already")
-    for record in folders.records():
-        if record["status"] == FAILED:
+    for record in records:
+        if record["id"] not in known:
             folders.record_file(record["id"]).unlink()
     halving = None
     if config.early_stop:
@@ -276,6 +272,7 @@ def _run(planned: Sweep, watch: Watch, notice: Notice) -> bool:
             grace_steps=config.grace_steps,
             reduction_factor=config.reduction_factor,
             proxy=config.proxy,
+            planner=planned.planner,
         )
     source = _source(planned, known)
     if config.max_concurrent == 0:
@@ -284,7 +281,7 @@ def _run(planned: Sweep, watch: Watch, notice: Notice) -> bool:
         from offsite_ray.tune.on_ray import run_on_tune
 
         run_on_tune(source, planned.shared, watch, halving, config, planned.workers_per_trial)
-    return source.exhausted
+    return source.done
 
 
 def _source(planned: Sweep, known: dict[str, Any]) -> Source:
@@ -309,8 +306,7 @@ def _source(planned: Sweep, known: dict[str, Any]) -> Source:
         known,
         score,
         ["maximize"] * len(objectives),
-        config.max_concurrent or 2,
-        planned.folders.root / "asked.json",
+        planned.folders.asked,
     )
 
 

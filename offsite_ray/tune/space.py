@@ -154,6 +154,22 @@ def draw(variants: Sequence[Variant], num_points: int, seed: int) -> list[Point]
     return points
 
 
+def every_value(variants: Sequence[Variant]) -> list[Point]:
+    """Return points that have between them every value of every knob, and both ends of ranges."""
+    points: list[Point] = []
+    for variant in variants:
+        values = {name: _ends(knob) for name, knob in variant.items()}
+        first = {name: found[0] for name, found in values.items()}
+        points += [first | {name: value} for name, found in values.items() for value in found]
+    return unique(points)
+
+
+def _ends(knob: Knob) -> tuple[Value, ...]:
+    if not isinstance(knob, Range):
+        return knob
+    return tuple(round(end) if knob.whole else end for end in (knob.low, knob.high))
+
+
 def unique(points: Sequence[Point]) -> list[Point]:
     """Return the points in their order, each once."""
     found: dict[tuple[tuple[str, Value], ...], Point] = {}

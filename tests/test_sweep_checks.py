@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a sweep refuses before anything runs, and what can then be corrected."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from offsite_ray.errors import OffsiteError, StorageError
+from offsite_ray.tune.folders import Folders
+from offsite_ray.tune.run import plan_sweep
+from tests.sweeps import a_config, run
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.loops import Loop
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"public": ()}, "give the text for it as public"),
+        (
+            {"public": (), "space": {"compress": {"plan": "1-2-1", "select": "angular"}}},
+            "angular looks at what the full model does with text",
+        ),
+        ({"seq_len": 65}, "64 positions"),
+        ({"proxy": "hiden"}, "unknown proxy 'hiden'"),
+        ({"space": {"compress": {"plan": "4-2-1"}}}, "needs 7 blocks"),
+        (
+            {
+                "space": {"compress": {"plan": ["1-2-1", "1-3-1", "4-2-1"]}},
+                "search": "random",
+                "num_points": 1,
+            },
+            "needs 7 blocks",
+        ),
+        ({"private": ("missing.txt",)}, "missing.txt"),
+        ({"text": ("missing.txt",)}, "missing.txt"),
+        ({"tasks": ("arc_easie",)}, "did you mean 'arc_easy'?"),
+        ({"tasks": ("arc_easy",), "task_data": ("arc_easy=missing.json",)}, "missing.json"),
+        ({"search": "optuna", "num_points": 2}, "needs the package optuna"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_runs(
+    loop: Loop, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    if changes.get("search") == "optuna":
+        import importlib.util
+
+        if importlib.util.find_spec("optuna"):
+            pytest.skip("optuna is installed, so it is not missed")
+    with pytest.raises(OffsiteError) as caught:
+        run(a_config(loop, tmp_path / "out", **changes))
+    assert said in str(caught.value)
+    assert not (tmp_path / "out" / "trials").exists()
+
+
+def test_documents_of_tasks_are_found_from_any_directory(
+    loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"question": "What is 1 + 1?", "choices": ["2", "3"], "answer": 0}
+    (tmp_path / "asked.json").write_text(json.dumps([row, row]))
+    monkeypatch.chdir(tmp_path)
+    config = a_config(
+        loop, tmp_path / "out", tasks=("arc_easy",), task_data=("arc_easy=asked.json",)
+    )
+    planned = plan_sweep(config, tmp_path / "out", lambda _: None)
+    assert planned.shared.task_data == (f"arc_easy={tmp_path / 'asked.json'}",)
+
+
+def test_settings_that_nothing_came_of_can_be_corrected(loop: Loop, tmp_path: Path) -> None:
+    folders = Folders(tmp_path / "out")
+
+    def plan(**changes: Any) -> str:
+        config = a_config(loop, folders.root, **changes)
+        planned = plan_sweep(config, folders.root, lambda _: None)
+        return str(planned.shared.facts["private_data"])
+
+    first = plan()
+    with pytest.raises(OffsiteError, match=r"missing\.txt"):
+        plan(private=("missing.txt",))
+    # what was shared is of the text that is named now, and not of the one before
+    assert first != plan(private=(str(loop.rows),))
+    job = folders.of("fine_tuned-0-seed0")
+    folders.write_record(job.name, {"id": job.name, "status": "failed"})
+    assert first == plan()
+    assert not job.exists()
+    job.mkdir(parents=True)  # at work when its sweep was killed
+    with pytest.raises(StorageError, match="is a sweep with seq_len=16, not 32"):
+        plan(seq_len=32)
