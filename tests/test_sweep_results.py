@@ -78,6 +78,21 @@ def test_what_was_not_measured_is_on_no_front() -> None:
     assert chosen(summaries(rows), OBJECTIVES, 0.5) is None
 
 
+def test_the_lucky_seeds_of_a_point_compete_for_nothing() -> None:
+    measured = {"emulator_fine_tuned_nats": 3.0, "bound_gap": 0.1, "privacy_gap": 0.9}
+    rows = [
+        a_row("lucky", 0, plug_in_nats=1.0, **measured),
+        a_row("lucky", 1, status="stopped"),
+        *(a_row("whole", seed, plug_in_nats=2.0, **measured) for seed in (0, 1)),
+    ]
+    found = summaries(rows)
+    assert [point.num_stopped for point in found] == [1, 0]
+    assert names(front(found, OBJECTIVES)) == names(front(found, ["plug_in"])) == {"whole"}
+    best = most_worth(how_much_to_distil(found, 0.5))
+    assert best is not None
+    assert best.point == "whole"
+
+
 def test_the_winner_follows_the_weight_of_privacy() -> None:
     found = points(useful=(1.1, 1.2, 50), private=(1.6, 3.0, 50), middle=(1.3, 2.0, 50))
     won = {w: chosen(found, OBJECTIVES, w) for w in (0.0, 0.4, 1.0)}

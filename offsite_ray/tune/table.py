@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 from offsite_ray.bundle import atomic_file
 from offsite_ray.evaluation.gaps import mean_score
 from offsite_ray.results import SETTINGS
-from offsite_ray.tune.folders import FINISHED, Record
+from offsite_ray.tune.folders import FINISHED, STOPPED, Record
 from offsite_ray.tune.plan import Job
 
 if TYPE_CHECKING:
@@ -89,6 +90,9 @@ class Summary:
     """Column to its mean over the seeds; None where one was not measured."""
     spread: Mapping[str, float | None]
     """Column to its standard deviation (of a sample); None for one seed."""
+    num_stopped: int
+    """Seeds that were stopped early. The mean of the others is that of the lucky ones, so a point
+    with any is in the table and competes for nothing."""
 
 
 def rows_of(records: Iterable[Record], planner: Planner) -> list[Row]:
@@ -110,13 +114,15 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
 def summaries(rows: Iterable[Row]) -> list[Summary]:
     """Return the finished emulators by point, in the order in which they come."""
     points: dict[str, list[Row]] = {}
+    stopped: Counter[str] = Counter()
     for row in rows:
         if row["role"] == "emulator" and row["status"] == FINISHED:
             points.setdefault(row["point"], []).append(row)
-    return [_summary(point, found) for point, found in points.items()]
+        stopped[row["point"]] += row["status"] == STOPPED
+    return [_summary(point, found, stopped[point]) for point, found in points.items()]
 
 
-def _summary(point: str, rows: list[Row]) -> Summary:
+def _summary(point: str, rows: list[Row], num_stopped: int) -> Summary:
     mean: dict[str, float | None] = {}
     spread: dict[str, float | None] = {}
     for name, kind in COLUMNS.items():
@@ -129,7 +135,9 @@ def _summary(point: str, rows: list[Row]) -> Summary:
         spread[name] = _deviation(known) if whole else None
     rows = sorted(rows, key=lambda row: int(row["seed"]))
     seeds = tuple(int(row["seed"]) for row in rows)
-    return Summary(point=point, row=rows[0], seeds=seeds, mean=mean, spread=spread)
+    return Summary(
+        point=point, row=rows[0], seeds=seeds, mean=mean, spread=spread, num_stopped=num_stopped
+    )
 
 
 def _deviation(values: Sequence[float]) -> float | None:
