@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,14 @@ import pytest
 from offsite_ray.cli.arguments import parse
 from offsite_ray.cli.verbs import VERBS
 from offsite_ray.emulator import open_bundle
+from offsite_ray.selection import uniform
+from offsite_ray.split import parse_plan
 from offsite_ray.tune import sweep
 from offsite_ray.tune.attempts import Silent
 from offsite_ray.tune.front import chosen, dominates, front, how_much_to_distil, most_worth, worth
-from offsite_ray.tune.table import COLUMNS, Summary, summaries, write_table
+from offsite_ray.tune.plan import Job, Planner
+from offsite_ray.tune.table import COLUMNS, Summary, rows_of, summaries, write_table
+from offsite_ray.tune.trial import base_record
 from tests.conftest import ROOT
 from tests.sweeps import a_config
 
@@ -165,6 +170,62 @@ def test_the_table_is_read_by_duckdb(tmp_path: Path) -> None:
     duckdb = pytest.importorskip("duckdb", reason="duckdb is not installed")
     query = f"select point, plug_in_nats from '{path}' where status = 'finished' order by 2 desc"
     assert duckdb.sql(query).fetchall() == [("b", 2.5), ("a", 1.5)]
+
+
+def row_of(compress: dict[str, Any], *, of: int = 16, **found: Any) -> dict[str, Any]:
+    """Return the row of a finished emulator whose bundle has some blocks."""
+    job = Job(role="emulator", settings={"compress": compress, "finetune": {}}, seed=0)
+    record = {**base_record(job, "finished"), "found": found}
+    (row,) = rows_of([record], Planner(num_blocks=of, seeds=(0,), baseline={}))
+    return row
+
+
+@pytest.mark.parametrize("select", ["layer_replace", "cka_cluster_shared"])
+@pytest.mark.parametrize(
+    ("plan", "told", "num_kept"),
+    [
+        ("2-4-2", "2-4-2", 4),
+        ("both=4 keep=8", "2-8-2", 8),
+        ("spread=4 keep=6", "spread=4 keep=6", 6),
+        ("2-12-2", "2-12-2", 12),
+    ],
+)
+def test_what_stands_in_for_dropped_blocks_is_none_of_the_emulator_blocks(
+    select: str, plan: str, told: str, num_kept: int
+) -> None:
+    whole = parse_plan(plan, 16, uniform)
+    row = row_of(
+        {"plan": plan, "select": select},
+        plan=replace(whole, emulator=whole.middle).short,
+        adapter=list(whole.adapter),
+        emulator=list(whole.middle),
+    )
+    assert (row["plan"], row["select"], row["num_emulator_blocks"]) == (told, select, num_kept)
+    assert row["depth"] == 16
+    assert row["emulator_blocks"] == ",".join(map(str, whole.middle))
+    assert parse_plan(row["plan"], 16, uniform) == whole
+
+
+def test_other_emulators_are_as_deep_as_their_blocks() -> None:
+    found = {"plan": "1-2-1", "adapter": [0, 7], "emulator": [1, 6]}
+    row = row_of({"plan": "1-2-1"}, of=8, **found)
+    assert (row["plan"], row["num_emulator_blocks"], row["depth"]) == ("1-2-1", 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("compress", "select"),
+    [
+        ({"plan": "spread=4 keep=6"}, "uniform"),
+        ({"plan": "spread=4 keep=6", "select": "angular"}, "angular"),
+        ({"plan": "adapter=0,15 keep=4", "select": "greedy"}, "greedy"),
+        ({"plan": "adapter=0,15 emulator=4"}, "explicit"),
+        ({"plan": "adapter=0,15 emulator=4", "select": "cka_cluster_shared"}, "cka_cluster_shared"),
+    ],
+)
+def test_methods_are_told_apart_where_the_plan_is_spelled_out(
+    compress: dict[str, Any], select: str
+) -> None:
+    assert row_of(compress)["select"] == select
 
 
 def test_a_sweep_of_nothing_yet_has_a_table() -> None:

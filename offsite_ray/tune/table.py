@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from offsite_ray.bundle import atomic_file
 from offsite_ray.evaluation.gaps import mean_score
 from offsite_ray.results import SETTINGS
+from offsite_ray.selection import SELECTION_METHODS
 from offsite_ray.tune.folders import FINISHED, STOPPED, Record
 from offsite_ray.tune.plan import Job
 
@@ -54,6 +55,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "num_blocks": _WHOLE,
     "num_adapter_blocks": _WHOLE,
     "num_emulator_blocks": _WHOLE,
+    "depth": _WHOLE,
     "adapter_blocks": _TEXT,
     "emulator_blocks": _TEXT,
     "bundle_bytes": _WHOLE,
@@ -164,14 +166,15 @@ def _row(record: Record, known: Mapping[str, Record], planner: Planner) -> Row:
         "status": record["status"],
         "error": record["error"],
         "seed": job.seed,
-        "plan": found.get("plan") or compress.get("plan"),
+        "plan": _plan(job, found, planner),
         "select": _selection(job),
         "compress": compress.get("compress", "none") if compress else None,
         "distill_steps": _distill_steps(job, course),
         "method": finetune.get("method", "full") if finetune or compress else None,
         "learning_rate": finetune.get("learning_rate"),
         "num_adapter_blocks": len(found["adapter"]) if "adapter" in found else None,
-        "num_emulator_blocks": len(found["emulator"]) if "emulator" in found else None,
+        "num_emulator_blocks": _num_emulator_blocks(job, found, planner),
+        "depth": len(found["adapter"] + found["emulator"]) if "emulator" in found else None,
         "adapter_blocks": _joined(found.get("adapter")),
         "emulator_blocks": _joined(found.get("emulator")),
         **{
@@ -207,9 +210,38 @@ def _selection(job: Job) -> str | None:
     compress = job.settings.get("compress")
     if compress is None:
         return None
-    if "=" in str(compress["plan"]):
+    if "emulator=" in str(compress["plan"]) and not _keeps_depth(compress):
         return job.control or "explicit"
     return str(compress.get("select", "uniform"))
+
+
+def _keeps_depth(compress: Mapping[str, Any]) -> bool:
+    """Return whether something stands in the place of the blocks that are dropped."""
+    method = SELECTION_METHODS.get(str(compress.get("select", "uniform")))
+    return method is not None and method.keeps_depth
+
+
+def _plan(job: Job, found: Mapping[str, Any], planner: Planner) -> str | None:
+    """Return the plan by which the verbs make it: short where it can be.
+
+    The bundle of an emulator that keeps the depth has every block, and its plan names them all.
+    """
+    compress = job.settings.get("compress", {})
+    if not compress or not _keeps_depth(compress):
+        return found.get("plan") or compress.get("plan")
+    given = str(compress["plan"])
+    plan = planner.resolved(compress)
+    # Who names the blocks, or spreads the adapter, says more than the numbers do.
+    return given if "emulator=" in given or len(plan.segments) > 1 else plan.short
+
+
+def _num_emulator_blocks(job: Job, found: Mapping[str, Any], planner: Planner) -> int | None:
+    """Return how many blocks of the middle are kept; copies and harmonizers do not count."""
+    if "emulator" not in found:
+        return None
+    compress = job.settings["compress"]
+    kept = planner.resolved(compress).emulator if _keeps_depth(compress) else found["emulator"]
+    return len(kept)
 
 
 def _distill_steps(job: Job, course: Sequence[Any]) -> Any:
