@@ -107,10 +107,30 @@ def test_the_winner_follows_the_weight_of_privacy() -> None:
         1.0: "private",
     }
     assert worth(found[1].mean, 0.25) == pytest.approx(0.25 * 1.4 - 0.75 * 0.6)
-    assert worth({"utility_gap": 0.2, "privacy_gap": 0.1}, 0.0) == pytest.approx(-0.2)
+    gaps = {"utility_gap": 0.2, "privacy_gap": 0.1}
+    assert worth(gaps, 0.0, "utility_gap") == pytest.approx(-0.2)
+    assert worth(gaps, 0.0) is None
     only = chosen(found, ["plug_in"], 1.0)
     assert only is not None
     assert only.point == "useful"
+
+
+def test_rivals_are_judged_by_one_yardstick() -> None:
+    def won(*bound_gaps: float | None) -> str:
+        found = summaries(
+            a_row(f"{i}", plug_in_nats=1.0 + i, emulator_fine_tuned_nats=3.0 + i, bundle_bytes=9,
+                  bound_gap=gap, utility_gap=(0.3, 0.2)[i], privacy_gap=0.1)
+            for i, gap in enumerate(bound_gaps)
+        )  # fmt: skip
+        best, knob = chosen(found, OBJECTIVES, 0.0), most_worth(how_much_to_distil(found, 0.0))
+        assert best is not None
+        assert knob is not None
+        assert best.point == knob.point
+        return best.point
+
+    assert won(0.5, 0.4) == "1"
+    assert won(0.5, None) == "0"
+    assert won(None, None) == "1"
 
 
 def test_scores_count_where_there_are_no_nats() -> None:
