@@ -227,9 +227,11 @@ def _plan(job: Job, found: Mapping[str, Any], planner: Planner) -> str | None:
     The bundle of an emulator that keeps the depth has every block, and its plan names them all.
     """
     compress = job.settings.get("compress", {})
-    if not compress or not _keeps_depth(compress):
-        return found.get("plan") or compress.get("plan")
+    if not compress:
+        return None
     given = str(compress["plan"])
+    if not _keeps_depth(compress):
+        return str(found.get("plan") or given)
     plan = planner.resolved(compress)
     # Who names the blocks, or spreads the adapter, says more than the numbers do.
     return given if "emulator=" in given or len(plan.segments) > 1 else plan.short
