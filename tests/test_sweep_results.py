@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,14 @@ import pytest
 from offsite_ray.cli.arguments import parse
 from offsite_ray.cli.verbs import VERBS
 from offsite_ray.emulator import open_bundle
+from offsite_ray.errors import OffsiteError
 from offsite_ray.selection import uniform
 from offsite_ray.split import parse_plan
 from offsite_ray.tune import sweep
 from offsite_ray.tune.attempts import Silent
 from offsite_ray.tune.front import chosen, dominates, front, how_much_to_distil, most_worth, worth
 from offsite_ray.tune.plan import Job, Planner
+from offsite_ray.tune.run import finish, plan_sweep
 from offsite_ray.tune.table import COLUMNS, Summary, rows_of, summaries, write_table
 from offsite_ray.tune.trial import base_record
 from tests.conftest import ROOT
@@ -216,7 +219,7 @@ def test_what_stands_in_for_dropped_blocks_is_none_of_the_emulator_blocks(
     whole = parse_plan(plan, 16, uniform)
     row = row_of(
         {"plan": plan, "select": select},
-        plan=replace(whole, emulator=whole.middle).short,
+        plan=dataclasses.replace(whole, emulator=whole.middle).short,
         adapter=list(whole.adapter),
         emulator=list(whole.middle),
     )
@@ -304,9 +307,28 @@ def test_the_result_is_plain_and_says_how_much_to_distil(
     assert plain["distil"].startswith("3 steps of 2 emulator blocks")
 
 
-def test_a_bundle_that_was_removed_is_made_again(won: tuple[SweepConfig, SweepResult]) -> None:
-    import shutil
+def test_a_winner_that_cannot_be_made_again_costs_no_report(
+    won: tuple[SweepConfig, SweepResult], tmp_path: Path
+) -> None:
+    root = tmp_path / "out"
+    shutil.copytree(won[0].out, root)
+    planned = plan_sweep(dataclasses.replace(won[0], out=str(root)), root, lambda _: None)
+    shutil.rmtree(root / "winner")
+    (root / "report.html").unlink()
+    for bundle in (root / "trials").glob("*/bundle"):
+        shutil.rmtree(bundle)
+    interrupted = finish(planned, 0.0, whole=False)
+    assert (interrupted.recipe, interrupted.winner is None) == (None, False)
+    assert not list((root / "trials").glob("*/bundle"))
+    (root / "report.html").unlink()
+    for folder in (root / "trials").iterdir():
+        (folder / "compressed").write_text("in the way, as if the disk had refused")
+    with pytest.raises(OffsiteError):
+        finish(planned, 0.0)
+    assert "is chosen" in (root / "report.html").read_text(encoding="utf-8")
 
+
+def test_a_bundle_that_was_removed_is_made_again(won: tuple[SweepConfig, SweepResult]) -> None:
     config, result = won
     before = open_bundle(Path(result.recipe or "") / "bundle")
     tensors = {name: before.weights.read(name).clone() for name in before.weights.tensors}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from offsite_ray.bundle import atomic_directory
 from offsite_ray.tune.attempts import ARTEFACTS
-from offsite_ray.tune.folders import Folders, remove
+from offsite_ray.tune.folders import Folders, alone, remove
 from offsite_ray.tune.plan import Job
 from offsite_ray.tune.trial import Bench, make_emulator, wants_text
 
@@ -31,20 +31,35 @@ _HEAD = """\
 """
 
 
-def write_winner(folders: Folders, winner: Summary, config: SweepConfig, shared: Shared) -> Path:
+def write_winner(
+    folders: Folders, winner: Summary, config: SweepConfig, shared: Shared, *, may_make: bool
+) -> Path | None:
     """Write the winner's bundle and recipe, in place of those of an earlier one.
 
-    A bundle that was removed, because it was behind at that time, is made again.
+    Args:
+        folders: Where.
+        winner: Of which the first seed is taken.
+        config: What its recipe is made of.
+        shared: What its bundle is made of.
+        may_make: Whether a bundle that was removed, because it was behind at that time, may be made
+            again: that takes as long as it did.
+
+    Returns:
+        The directory; None where the bundle is not there, and an earlier winner is left as it is.
     """
     job = Job.from_plain(_record(folders, winner)["job"])
     bundle = folders.of(job.id) / BUNDLE
-    if not bundle.exists():
-        make_emulator(Bench(job=job, shared=shared, folder=folders.of(job.id), tell=_unheard))
-        remove(folders.of(job.id) / "compressed")
-    shutil.rmtree(folders.winner, ignore_errors=True)
-    with atomic_directory(folders.winner) as tmp:
-        shutil.copytree(bundle, tmp / BUNDLE)
-        (tmp / RECIPE).write_text(recipe_text(job, config, shared), encoding="utf-8")
+    # A trial of a driver that was killed may still be at work.
+    with alone(folders.of(job.id) / ".lock"):
+        if not bundle.exists() and not may_make:
+            return None
+        if not bundle.exists():
+            make_emulator(Bench(job=job, shared=shared, folder=folders.of(job.id), tell=_unheard))
+            remove(folders.of(job.id) / "compressed")
+        shutil.rmtree(folders.winner, ignore_errors=True)
+        with atomic_directory(folders.winner) as tmp:
+            shutil.copytree(bundle, tmp / BUNDLE)
+            (tmp / RECIPE).write_text(recipe_text(job, config, shared), encoding="utf-8")
     return folders.winner
 
 

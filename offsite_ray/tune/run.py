@@ -152,7 +152,7 @@ def sweep(config: SweepConfig, notice: Notice, watching: Callable[[Sweep], Watch
             whole = _run(planned, watch, notice)
         except KeyboardInterrupt:
             whole = False
-        result = finish(planned, time.perf_counter() - start)
+        result = finish(planned, time.perf_counter() - start, whole=whole)
     left = num_left(planned)
     if left or not whole:
         number = f"{left} jobs are" if left else "some jobs are"
@@ -321,8 +321,14 @@ def num_left(planned: Sweep) -> int:
     return sum(planned.folders.record(job.id) is None for job in planned.jobs())
 
 
-def finish(planned: Sweep, seconds: float) -> SweepResult:
-    """Write table, winner and report of what there is, and return it in short."""
+def finish(planned: Sweep, seconds: float, *, whole: bool = True) -> SweepResult:
+    """Write table, report and winner of what there is, and return it in short.
+
+    Args:
+        planned: The sweep.
+        seconds: What it took.
+        whole: Whether it came to its end; else nothing is made that takes long.
+    """
     from offsite_ray.tune.page import write_page
 
     config, folders = planned.config, planned.folders
@@ -332,11 +338,12 @@ def finish(planned: Sweep, seconds: float) -> SweepResult:
     points = summaries(rows)
     best = front(points, config.objectives)
     winner = chosen(points, config.objectives, config.privacy_weight)
+    write_page(folders.report, config, rows, points, best, winner)
     if not config.keep_bundles:
         prune_bundles(folders, best)
+    recipe = None
     if winner is not None:
-        write_winner(folders, winner, config, planned.shared)
-    write_page(folders.report, config, rows, points, best, winner)
+        recipe = write_winner(folders, winner, config, planned.shared, may_make=whole)
     statuses = [record["status"] for record in records]
     mean = winner.mean if winner is not None else {}
     knob = how_much_to_distil(points, config.privacy_weight)
@@ -351,7 +358,7 @@ def finish(planned: Sweep, seconds: float) -> SweepResult:
         num_failed=statuses.count(FAILED),
         front=tuple(in_words(point.row) for point in best),
         winner=None if winner is None else in_words(winner.row),
-        recipe=None if winner is None else str(folders.winner),
+        recipe=None if recipe is None else str(recipe),
         plug_in=mean.get("plug_in_score") if plug_in is None else plug_in,
         utility_gap=mean.get("utility_gap"),
         bound_gap=mean.get("bound_gap"),
