@@ -23,6 +23,7 @@ from offsite_ray.selection import uniform
 from offsite_ray.split import parse_plan
 from offsite_ray.tune import sweep
 from offsite_ray.tune.attempts import Silent
+from offsite_ray.tune.folders import Folders
 from offsite_ray.tune.front import chosen, dominates, front, how_much_to_distil, most_worth, worth
 from offsite_ray.tune.plan import Job, Planner
 from offsite_ray.tune.run import finish, plan_sweep
@@ -32,6 +33,8 @@ from tests.conftest import ROOT
 from tests.sweeps import a_config
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from offsite_ray.config import SweepConfig
     from offsite_ray.tune import SweepResult
     from tests.loops import Loop
@@ -337,3 +340,34 @@ def test_a_bundle_that_was_removed_is_made_again(won: tuple[SweepConfig, SweepRe
     again = sweep(config, lambda _: None, lambda _: Silent())
     after = open_bundle(Path(again.recipe or "") / "bundle")
     assert all(after.weights.read(name).equal(tensor) for name, tensor in tensors.items())
+
+
+def test_a_crash_is_tried_again_and_leaves_its_traceback_a_diverged_run_is_not(
+    loop: Loop, tmp_path: Path
+) -> None:
+    class Clumsy(Silent):
+        def evaluated(self, job: Job, step: int, losses: Mapping[str, float]) -> None:
+            raise RuntimeError("out of luck")
+
+    finetune = {"max_steps": 2, "batch_size": 2}
+    space = {
+        "compress": {"plan": "1-2-1"},
+        "any_of": [
+            {"distill": {"max_steps": 1, "batch_size": 2}, "finetune": finetune},
+            {"finetune": {**finetune, "learning_rate": 1e38}},
+        ],
+    }
+    config = a_config(
+        loop, tmp_path / "out", space=space, retries=1, baseline={"learning_rate": 1e-3}
+    )
+    sweep(config, lambda _: None, lambda _: Clumsy())
+    folders = Folders(tmp_path / "out")
+    tries = {}
+    for record in folders.records():
+        if record["status"] == "failed":
+            told = folders.of(record["id"]) / "traceback.txt"
+            crashed = told.is_file() and 'raise RuntimeError("out of luck")' in told.read_text()
+            tries[record["error"].partition(":")[0], crashed] = record["attempts"]
+    assert tries.pop(("RuntimeError", True)) == 2
+    ((_, crashed),) = tries
+    assert (crashed, *tries.values()) == (False, 1)
