@@ -1,24 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The results of a sweep: the front, the winner, the table for other tools, the recipe."""
+"""The results of a sweep: the front, the table for other tools, what became of each job."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
 import pytest
 
-from offsite_ray.cli.arguments import parse
-from offsite_ray.cli.verbs import VERBS
-from offsite_ray.emulator import open_bundle
-from offsite_ray.errors import OffsiteError
 from offsite_ray.selection import uniform
 from offsite_ray.split import parse_plan
 from offsite_ray.tune import sweep
@@ -26,7 +15,6 @@ from offsite_ray.tune.attempts import Silent
 from offsite_ray.tune.folders import Folders
 from offsite_ray.tune.front import chosen, dominates, front, how_much_to_distil, most_worth, worth
 from offsite_ray.tune.plan import Job, Planner
-from offsite_ray.tune.run import finish, plan_sweep
 from offsite_ray.tune.table import COLUMNS, Summary, rows_of, summaries, write_table
 from offsite_ray.tune.trial import base_record
 from tests.conftest import ROOT
@@ -34,9 +22,8 @@ from tests.sweeps import a_config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
-    from offsite_ray.config import SweepConfig
-    from offsite_ray.tune import SweepResult
     from tests.loops import Loop
 
 OBJECTIVES = ("plug_in", "emulator", "bytes")
@@ -264,82 +251,6 @@ def test_every_column_is_in_the_documentation() -> None:
     missing = [name for name in COLUMNS if f"`{name}`" not in told]
     measures = [name for name in missing if name.rpartition("_")[2] in ("nats", "score")]
     assert sorted(set(missing) - set(measures)) == []
-
-
-@pytest.fixture(scope="module")
-def won(loop: Loop, tmp_path_factory: pytest.TempPathFactory) -> tuple[SweepConfig, SweepResult]:
-    """Return a sweep whose winner is distilled; only read."""
-    space = {
-        "compress": {"plan": "1-2-1"},
-        "distill": {"max_steps": 3, "batch_size": 2, "learning_rate": 1e-2},
-        "finetune": {"max_steps": 2, "batch_size": 2},
-    }
-    out = tmp_path_factory.mktemp("won") / "out"
-    config = a_config(loop, out, space=space, objectives=("plug_in",))
-    return config, sweep(config, lambda _: None, lambda _: Silent())
-
-
-def test_the_winners_recipe_makes_its_emulator_again(
-    won: tuple[SweepConfig, SweepResult], tmp_path: Path
-) -> None:
-    winner = Path(won[1].recipe or "")
-    recipe = str(winner / "recipe.yaml")
-    for verb in ("compress", "prepare", "distill", "finetune"):
-        parse(VERBS[verb], ["--config", recipe], VERBS)
-    command = [sys.executable, str(ROOT / "jobs" / "distill.py")]
-    words = ["--root", str(tmp_path), "--config", recipe]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, *words], capture_output=True, text=True, check=False, env=env)
-    assert done.returncode == 0, done.stderr
-    again, won_bundle = open_bundle(tmp_path / "emulator"), open_bundle(winner / "bundle")
-    assert again.plan == won_bundle.plan
-    for name in won_bundle.weights.tensors:
-        assert again.weights.read(name).equal(won_bundle.weights.read(name))
-
-
-def test_the_result_is_plain_and_says_how_much_to_distil(
-    won: tuple[SweepConfig, SweepResult],
-) -> None:
-    from offsite_ray.results import to_plain
-
-    plain = json.loads(json.dumps(to_plain(won[1])))
-    rows = pq.read_table(plain["table"]).to_pylist()
-    best = min(r["plug_in_nats"] for r in rows if r["role"] == "emulator")
-    assert plain["plug_in"] == best
-    assert {row["distill_steps"] for row in plain["distillation"]} == {3}
-    assert plain["distil"].startswith("3 steps of 2 emulator blocks")
-
-
-def test_a_winner_that_cannot_be_made_again_costs_no_report(
-    won: tuple[SweepConfig, SweepResult], tmp_path: Path
-) -> None:
-    root = tmp_path / "out"
-    shutil.copytree(won[0].out, root)
-    planned = plan_sweep(dataclasses.replace(won[0], out=str(root)), root, lambda _: None)
-    shutil.rmtree(root / "winner")
-    (root / "report.html").unlink()
-    for bundle in (root / "trials").glob("*/bundle"):
-        shutil.rmtree(bundle)
-    interrupted = finish(planned, 0.0, whole=False)
-    assert (interrupted.recipe, interrupted.winner is None) == (None, False)
-    assert not list((root / "trials").glob("*/bundle"))
-    (root / "report.html").unlink()
-    for folder in (root / "trials").iterdir():
-        (folder / "compressed").write_text("in the way, as if the disk had refused")
-    with pytest.raises(OffsiteError):
-        finish(planned, 0.0)
-    assert "is chosen" in (root / "report.html").read_text(encoding="utf-8")
-
-
-def test_a_bundle_that_was_removed_is_made_again(won: tuple[SweepConfig, SweepResult]) -> None:
-    config, result = won
-    before = open_bundle(Path(result.recipe or "") / "bundle")
-    tensors = {name: before.weights.read(name).clone() for name in before.weights.tensors}
-    for bundle in (Path(config.out) / "trials").glob("*/bundle"):
-        shutil.rmtree(bundle)
-    again = sweep(config, lambda _: None, lambda _: Silent())
-    after = open_bundle(Path(again.recipe or "") / "bundle")
-    assert all(after.weights.read(name).equal(tensor) for name, tensor in tensors.items())
 
 
 def test_a_crash_is_tried_again_and_leaves_its_traceback_a_diverged_run_is_not(

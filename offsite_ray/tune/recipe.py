@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offsite_ray.bundle import atomic_directory
+from offsite_ray.data import is_prepared
 from offsite_ray.tune.attempts import ARTEFACTS
 from offsite_ray.tune.folders import Folders, alone, remove
 from offsite_ray.tune.plan import Job
+from offsite_ray.tune.space import NUM_WORKERS
 from offsite_ray.tune.trial import Bench, make_emulator, wants_text
 
 if TYPE_CHECKING:
@@ -80,21 +82,31 @@ def recipe_of_job(job: Job, config: SweepConfig, shared: Shared) -> dict[str, An
     public = [_absolute(source) for source in config.public]
     if wants_text(compress):
         compress |= {"calibration": public, "calibration_seq_len": shared.seq_len}
-    common = {"dtype": shared.dtype}
-    distill = job.settings.get("distill")
+    bundle, distil = "bundle", {}
+    if (distill := job.settings.get("distill")) is not None:
+        bundle, distil = "emulator", _sections_to_distil(dict(distill), public, job, shared)
     return {
         "compress": {"model": model, **_given(shared), **compress, "out": "bundle",
                      "seed": job.seed},
-        "prepare": {"tokenizer": model, "text": public, "block_size": shared.seq_len,
-                    "out": shared.public or "public"},
-        # An emulator that was not distilled has no steps to repeat: those below are the default.
-        "distill": {"model": model, "bundle": "bundle", "data": [shared.public or "public"],
-                    "out": "emulator", "num_workers": 0, **common, **(distill or {}),
-                    "seed": job.seed, "resume": True},
-        "finetune": {"bundle": "emulator" if distill else "bundle",
+        **distil,
+        "finetune": {"bundle": bundle,
                      "data": [_absolute(source) for source in config.private], "out": "adapter",
-                     "seq_len": shared.seq_len, **common, **finetune, "seed": job.seed,
+                     "seq_len": shared.seq_len, "dtype": shared.dtype, **finetune, "seed": job.seed,
                      "resume": True},
+    }  # fmt: skip
+
+
+def _sections_to_distil(
+    distill: dict[str, Any], public: list[str], job: Job, shared: Shared
+) -> dict[str, Any]:
+    """Return how data are prepared, unless they are, and how the bundle is distilled on them."""
+    model, prepared = _absolute(shared.model), [path for path in public if is_prepared(path)]
+    prepare = {"tokenizer": model, "text": public, "block_size": shared.seq_len, "out": "public"}
+    return {
+        **({} if prepared else {"prepare": prepare}),
+        "distill": {"model": model, "bundle": "bundle", "data": prepared or ["public"],
+                    "out": "emulator", "num_workers": NUM_WORKERS, "dtype": shared.dtype,
+                    **distill, "seed": job.seed, "resume": True},
     }  # fmt: skip
 
 
