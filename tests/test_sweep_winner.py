@@ -21,15 +21,18 @@ from offsite_ray.emulator import open_bundle
 from offsite_ray.errors import OffsiteError
 from offsite_ray.tune import sweep
 from offsite_ray.tune.attempts import Silent
-from offsite_ray.tune.plan import Job
-from offsite_ray.tune.recipe import recipe_of_job, recipe_text
+from offsite_ray.tune.folders import Folders
+from offsite_ray.tune.plan import Job, Planner
+from offsite_ray.tune.recipe import PrunedToo, recipe_of_job, recipe_text
 from offsite_ray.tune.run import finish, plan_sweep
+from offsite_ray.tune.trial import base_record
 from tests.conftest import ROOT
 from tests.sweeps import a_config
 
 if TYPE_CHECKING:
     from offsite_ray.config import SweepConfig
     from offsite_ray.tune import SweepResult
+    from offsite_ray.tune.folders import Record
     from tests.loops import Loop
 
 
@@ -141,3 +144,30 @@ def test_a_bundle_that_was_removed_is_made_again(won: tuple[SweepConfig, SweepRe
     again = sweep(config, lambda _: None, lambda _: Silent())
     after = open_bundle(Path(again.recipe or "") / "bundle")
     assert all(after.weights.read(name).equal(tensor) for name, tensor in tensors.items())
+
+
+def test_bundles_that_are_behind_go_before_the_sweep_ends(loop: Loop, tmp_path: Path) -> None:
+    left: list[int] = []
+
+    class Counting(Silent):
+        def ended(self, record: Record) -> None:
+            left.append(len(list((tmp_path / "out" / "trials").glob("*/bundle"))))
+
+    space = {"compress": {"plan": ["1-3-1", "1-1-1"]}, "finetune": {"max_steps": 1}}
+    config = a_config(loop, tmp_path / "out", space=space, objectives=("bytes",))
+    sweep(config, lambda _: None, lambda _: Counting())
+    # Yardsticks, two large bundles, and two small ones that no large one is left beside.
+    assert left == [0, 0, 0, 1, 2, 1, 2]
+
+
+def test_nothing_is_taken_from_a_job_that_is_run_again(tmp_path: Path) -> None:
+    folders, planner = Folders(tmp_path), Planner(num_blocks=6, seeds=(0,), baseline={})
+    again, other = planner.jobs([{"compress.plan": "1-2-1"}])[-2:]
+    folders.write_record(again.id, base_record(again, "stopped"))
+    watch = PrunedToo(folders, planner, ("bytes",), Silent())
+    (folders.of(again.id) / "compressed").mkdir()
+    watch.started(again)
+    watch.ended(base_record(other, "stopped"))
+    assert (folders.of(again.id) / "compressed").is_dir()
+    watch.ended(base_record(again, "stopped"))
+    assert not (folders.of(again.id) / "compressed").exists()

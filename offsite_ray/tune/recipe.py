@@ -10,15 +10,20 @@ from typing import TYPE_CHECKING, Any
 from offsite_ray.bundle import atomic_directory
 from offsite_ray.data import is_prepared
 from offsite_ray.tune.attempts import ARTEFACTS
-from offsite_ray.tune.folders import Folders, alone, remove
+from offsite_ray.tune.folders import FAILED, Folders, alone, remove
+from offsite_ray.tune.front import front
 from offsite_ray.tune.plan import Job
 from offsite_ray.tune.space import NUM_WORKERS
+from offsite_ray.tune.table import rows_of, summaries
 from offsite_ray.tune.trial import Bench, make_emulator, wants_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from offsite_ray.config import SweepConfig
+    from offsite_ray.tune.attempts import Watch
+    from offsite_ray.tune.folders import Record
+    from offsite_ray.tune.plan import Planner
     from offsite_ray.tune.table import Summary
     from offsite_ray.tune.trial import Shared
 
@@ -110,12 +115,46 @@ def _sections_to_distil(
     }  # fmt: skip
 
 
-def prune_bundles(folders: Folders, keep: Sequence[Summary]) -> None:
+def prune_bundles(folders: Folders, records: Iterable[Record], keep: Sequence[Summary]) -> None:
     """Remove the bundles of all points but some; they can be made again by their settings."""
     kept = {point.point for point in keep}
-    for record in folders.records():
+    for record in records:
         if record["point"] not in kept:
             remove(*(folders.of(record["id"]) / name for name in ARTEFACTS))
+
+
+class PrunedToo:
+    """Passes on what happens in a sweep, and removes at once the bundles that are behind.
+
+    The bundles of large models would fill the disk before the last job has ended.
+    """
+
+    def __init__(
+        self, folders: Folders, planner: Planner, objectives: Sequence[str], other: Watch
+    ) -> None:
+        """Know what has ended already, and tell another watch."""
+        self._folders, self._planner, self._objectives = folders, planner, objectives
+        self._other = other
+        self._records = {
+            record["id"]: record for record in folders.records() if record["status"] != FAILED
+        }
+
+    def started(self, job: Job) -> None:
+        """Leave alone what is at work, whatever became of it before."""
+        self._records.pop(job.id, None)
+        self._other.started(job)
+
+    def evaluated(self, job: Job, step: int, losses: Mapping[str, float]) -> None:
+        """Pass it on."""
+        self._other.evaluated(job, step, losses)
+
+    def ended(self, record: Record) -> None:
+        """Remove what is no longer on the front, or never came to be."""
+        self._records[record["id"]] = record
+        records = list(self._records.values())
+        points = summaries(rows_of(records, self._planner))
+        prune_bundles(self._folders, records, front(points, self._objectives))
+        self._other.ended(record)
 
 
 def label_of(job: Job) -> str:

@@ -35,7 +35,7 @@ from offsite_ray.tune.front import (
 from offsite_ray.tune.halving import Halving
 from offsite_ray.tune.plan import Planner
 from offsite_ray.tune.presets import PRESETS
-from offsite_ray.tune.recipe import prune_bundles, write_winner
+from offsite_ray.tune.recipe import PrunedToo, prune_bundles, write_winner
 from offsite_ray.tune.search import Listed, Suggested
 from offsite_ray.tune.space import Range, draw, grid, may_distil, parse_space, stage_fields
 from offsite_ray.tune.table import rows_of, summaries, write_table
@@ -147,7 +147,9 @@ def sweep(config: SweepConfig, notice: Notice, watching: Callable[[Sweep], Watch
     check_parent(root / "sweep")
     with alone(root / ".lock", wait=False):
         planned = plan_sweep(config, root, notice)
-        watch = TensorBoardToo(planned.folders.tensorboard, watching(planned))
+        watch: Watch = TensorBoardToo(planned.folders.tensorboard, watching(planned))
+        if not config.keep_bundles:
+            watch = PrunedToo(planned.folders, planned.planner, config.objectives, watch)
         try:
             whole = _run(planned, watch, notice)
         except KeyboardInterrupt:
@@ -340,7 +342,7 @@ def finish(planned: Sweep, seconds: float, *, whole: bool = True) -> SweepResult
     winner = chosen(points, config.objectives, config.privacy_weight)
     write_page(folders.report, config, rows, points, best, winner)
     if not config.keep_bundles:
-        prune_bundles(folders, best)
+        prune_bundles(folders, records, best)
     recipe = None
     if winner is not None:
         recipe = write_winner(folders, winner, config, planned.shared, may_make=whole)
