@@ -77,7 +77,11 @@ _FAMILIES = (
     Family(
         page="selection.md",
         heading="`--select`",
-        label=lambda row: row["select"],
+        label=lambda row: (
+            f"{row['select']} (as deep as the full model)"
+            if row["depth"] > row["num_adapter_blocks"] + row["num_emulator_blocks"]
+            else str(row["select"])
+        ),
         belongs=lambda row: (
             _undistilled(row) and row["compress"] == "none" and row["method"] == "full"
         ),

@@ -5,7 +5,8 @@ ray job submit --address http://HEAD:8265 --working-dir . -- \
     python jobs/distill.py --root /mnt/storage --config jobs/recipes/opt-1.3b.yaml
 
 Runs offsite-ray compress, prepare and distill with the recipe, but for what is there already; so
-the same command goes on with a run that was stopped. VERB.KEY=VALUE sets something else for one
+the same command goes on with a run that was stopped. A recipe that has nothing below prepare and
+distill makes an emulator that is not distilled. VERB.KEY=VALUE sets something else for one
 verb, e.g. distill.num_workers=4. Paths in a recipe are below --root, which every node must see.
 """
 
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING
 from offsite_ray.bundle import MANIFEST
 from offsite_ray.cli import main as offsite_ray
 from offsite_ray.cli.arguments import parse
+from offsite_ray.cli.settings import sections_of
 from offsite_ray.cli.verbs import VERBS
 from offsite_ray.data import is_prepared
 from offsite_ray.errors import ConfigError, OffsiteError
@@ -52,11 +54,13 @@ def main(argv: list[str]) -> int:
         args.config = str(Path(args.config).resolve())
         words = words_of_steps(args.config, args.overrides)
         os.chdir(args.root)
-        configs = [parse(VERBS[step], words[step], VERBS).config for step in STEPS]
+        configs = [parse(VERBS[step], words[step], VERBS).config for step in words]
+        if args.dry_run and len(configs) < len(STEPS):
+            raise ConfigError(f"--dry-run says what distilling takes, and {args.config} does none")
         if args.dry_run:
             return say(args.config, *configs)
-        done = is_there("distill", configs[-1].out)
-        for step, config in zip(STEPS, configs, strict=True):
+        done = is_there(list(words)[-1], configs[-1].out)
+        for step, config in zip(words, configs, strict=True):
             if done or is_there(step, config.out):
                 print(f"{step}: {config.out} is there already, skipped", file=sys.stderr)
             elif status := offsite_ray([step, *words[step]]):
@@ -92,13 +96,21 @@ def say(
 
 
 def words_of_steps(recipe: str, overrides: list[str]) -> dict[str, list[str]]:
-    """Return the words behind each verb; raise :class:`ConfigError` for one of no verb here."""
+    """Return the words behind each verb that has a section, or all; in the order of the steps.
+
+    Raises:
+        ConfigError: A word is of no verb here.
+        StorageError: The recipe cannot be read.
+    """
     for word in overrides:
         if word.partition(".")[0] not in STEPS:
             raise ConfigError(f"{word!r} begins with none of {', '.join(f'{s}.' for s in STEPS)}")
+    of = {step: [w for w in overrides if w.startswith(f"{step}.")] for step in STEPS}
+    sections = sections_of(recipe, STEPS)
     return {
-        step: ["--config", recipe, *(w for w in overrides if w.startswith(f"{step}."))]
+        step: ["--config", recipe, *of[step]]
         for step in STEPS
+        if not sections or step in sections or of[step]
     }
 
 

@@ -26,6 +26,9 @@ def a_row(select: str, seed: int, plug_in: float, **changes: Any) -> dict[str, A
         "compress": "none",
         "method": "full",
         "distill_steps": 0,
+        "num_adapter_blocks": 4,
+        "num_emulator_blocks": 4,
+        "depth": 8,
         "seed": seed,
         "plug_in_nats": plug_in,
         "emulator_zero_shot_nats": 6.0,
@@ -62,6 +65,13 @@ def test_methods_are_compared_seed_by_seed_the_best_first() -> None:
     assert cells == ["angular", "3.0", "6.000 ± 0.000", "4.375 ± 0.177", "4.625 ± 0.177", better,
                      "50%", "+0.125 ± 0.000", "-0.250 ± 0.000", "1.5 s"]  # fmt: skip
     assert [line.split(" | ")[0] for line in lines[4:6]] == ["| angular", "| uniform"]
+
+
+def test_what_keeps_the_depth_of_the_full_model_says_so() -> None:
+    rows = [*ROWS, a_row("layer_replace", 0, 4.5, depth=16)]
+    assert list(by_label(SELECTION, rows)) == [
+        "uniform", "angular", "layer_replace (as deep as the full model)",
+    ]  # fmt: skip
 
 
 def test_a_sweep_that_compared_nothing_has_no_table() -> None:

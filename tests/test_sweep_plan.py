@@ -168,6 +168,15 @@ def test_controls_have_the_same_size_and_placement() -> None:
     assert controls(planner().resolved({"plan": "1-0-1"})) == {}
 
 
+@pytest.mark.parametrize("plan", ["both=4 keep=4", "spread=4 keep=6", "adapter=0,5 keep=3"])
+@pytest.mark.parametrize(("select", "own"), [("uniform", 2), ("tail", 2), ("angular", 3)])
+def test_a_point_that_is_its_own_control_runs_once(plan: str, select: str, own: int) -> None:
+    (point,) = grid(space(compress={"plan": plan, "select": select}))
+    found = {job.id: job for job in planner(12).jobs([point]) if job.role == "emulator"}
+    assert len(found) == own
+    assert found[planner(12).own(point, 0).id].control == (select if own == 2 else None)
+
+
 def test_what_a_trial_does_not_distil_is_one_point_whatever_the_losses() -> None:
     jobs = planner().jobs(grid(space(distill={"max_steps": 0, "hidden_weight": [0.0, 30.0]})))
     assert sum(job.role == "emulator" and job.control == "uniform" for job in jobs) == 1

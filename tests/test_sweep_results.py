@@ -1,31 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The results of a sweep: the front, the winner, the table for other tools, the recipe."""
+"""The results of a sweep: the front, the table for other tools, what became of each job."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
 import pytest
 
-from offsite_ray.cli.arguments import parse
-from offsite_ray.cli.verbs import VERBS
-from offsite_ray.emulator import open_bundle
+from offsite_ray.selection import uniform
+from offsite_ray.split import parse_plan
 from offsite_ray.tune import sweep
 from offsite_ray.tune.attempts import Silent
+from offsite_ray.tune.folders import Folders
 from offsite_ray.tune.front import chosen, dominates, front, how_much_to_distil, most_worth, worth
-from offsite_ray.tune.table import COLUMNS, Summary, summaries, write_table
+from offsite_ray.tune.plan import Job, Planner
+from offsite_ray.tune.table import COLUMNS, Summary, rows_of, summaries, write_table
+from offsite_ray.tune.trial import base_record
 from tests.conftest import ROOT
 from tests.sweeps import a_config
 
 if TYPE_CHECKING:
-    from offsite_ray.config import SweepConfig
-    from offsite_ray.tune import SweepResult
+    from collections.abc import Mapping
+    from pathlib import Path
+
     from tests.loops import Loop
 
 OBJECTIVES = ("plug_in", "emulator", "bytes")
@@ -78,6 +76,21 @@ def test_what_was_not_measured_is_on_no_front() -> None:
     assert chosen(summaries(rows), OBJECTIVES, 0.5) is None
 
 
+def test_the_lucky_seeds_of_a_point_compete_for_nothing() -> None:
+    measured = {"emulator_fine_tuned_nats": 3.0, "bound_gap": 0.1, "privacy_gap": 0.9}
+    rows = [
+        a_row("lucky", 0, plug_in_nats=1.0, **measured),
+        a_row("lucky", 1, status="stopped"),
+        *(a_row("whole", seed, plug_in_nats=2.0, **measured) for seed in (0, 1)),
+    ]
+    found = summaries(rows)
+    assert [point.num_stopped for point in found] == [1, 0]
+    assert names(front(found, OBJECTIVES)) == names(front(found, ["plug_in"])) == {"whole"}
+    best = most_worth(how_much_to_distil(found, 0.5))
+    assert best is not None
+    assert best.point == "whole"
+
+
 def test_the_winner_follows_the_weight_of_privacy() -> None:
     found = points(useful=(1.1, 1.2, 50), private=(1.6, 3.0, 50), middle=(1.3, 2.0, 50))
     won = {w: chosen(found, OBJECTIVES, w) for w in (0.0, 0.4, 1.0)}
@@ -87,10 +100,30 @@ def test_the_winner_follows_the_weight_of_privacy() -> None:
         1.0: "private",
     }
     assert worth(found[1].mean, 0.25) == pytest.approx(0.25 * 1.4 - 0.75 * 0.6)
-    assert worth({"utility_gap": 0.2, "privacy_gap": 0.1}, 0.0) == pytest.approx(-0.2)
+    gaps = {"utility_gap": 0.2, "privacy_gap": 0.1}
+    assert worth(gaps, 0.0, "utility_gap") == pytest.approx(-0.2)
+    assert worth(gaps, 0.0) is None
     only = chosen(found, ["plug_in"], 1.0)
     assert only is not None
     assert only.point == "useful"
+
+
+def test_rivals_are_judged_by_one_yardstick() -> None:
+    def won(*bound_gaps: float | None) -> str:
+        found = summaries(
+            a_row(f"{i}", plug_in_nats=1.0 + i, emulator_fine_tuned_nats=3.0 + i, bundle_bytes=9,
+                  bound_gap=gap, utility_gap=(0.3, 0.2)[i], privacy_gap=0.1)
+            for i, gap in enumerate(bound_gaps)
+        )  # fmt: skip
+        best, knob = chosen(found, OBJECTIVES, 0.0), most_worth(how_much_to_distil(found, 0.0))
+        assert best is not None
+        assert knob is not None
+        assert best.point == knob.point
+        return best.point
+
+    assert won(0.5, 0.4) == "1"
+    assert won(0.5, None) == "0"
+    assert won(None, None) == "1"
 
 
 def test_scores_count_where_there_are_no_nats() -> None:
@@ -152,6 +185,62 @@ def test_the_table_is_read_by_duckdb(tmp_path: Path) -> None:
     assert duckdb.sql(query).fetchall() == [("b", 2.5), ("a", 1.5)]
 
 
+def row_of(compress: dict[str, Any], *, of: int = 16, **found: Any) -> dict[str, Any]:
+    """Return the row of a finished emulator whose bundle has some blocks."""
+    job = Job(role="emulator", settings={"compress": compress, "finetune": {}}, seed=0)
+    record = {**base_record(job, "finished"), "found": found}
+    (row,) = rows_of([record], Planner(num_blocks=of, seeds=(0,), baseline={}))
+    return row
+
+
+@pytest.mark.parametrize("select", ["layer_replace", "cka_cluster_shared"])
+@pytest.mark.parametrize(
+    ("plan", "told", "num_kept"),
+    [
+        ("2-4-2", "2-4-2", 4),
+        ("both=4 keep=8", "2-8-2", 8),
+        ("spread=4 keep=6", "spread=4 keep=6", 6),
+        ("2-12-2", "2-12-2", 12),
+    ],
+)
+def test_what_stands_in_for_dropped_blocks_is_none_of_the_emulator_blocks(
+    select: str, plan: str, told: str, num_kept: int
+) -> None:
+    whole = parse_plan(plan, 16, uniform)
+    row = row_of(
+        {"plan": plan, "select": select},
+        plan=dataclasses.replace(whole, emulator=whole.middle).short,
+        adapter=list(whole.adapter),
+        emulator=list(whole.middle),
+    )
+    assert (row["plan"], row["select"], row["num_emulator_blocks"]) == (told, select, num_kept)
+    assert row["depth"] == 16
+    assert row["emulator_blocks"] == ",".join(map(str, whole.middle))
+    assert parse_plan(row["plan"], 16, uniform) == whole
+
+
+def test_other_emulators_are_as_deep_as_their_blocks() -> None:
+    found = {"plan": "1-2-1", "adapter": [0, 7], "emulator": [1, 6]}
+    row = row_of({"plan": "1-2-1"}, of=8, **found)
+    assert (row["plan"], row["num_emulator_blocks"], row["depth"]) == ("1-2-1", 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("compress", "select"),
+    [
+        ({"plan": "spread=4 keep=6"}, "uniform"),
+        ({"plan": "spread=4 keep=6", "select": "angular"}, "angular"),
+        ({"plan": "adapter=0,15 keep=4", "select": "greedy"}, "greedy"),
+        ({"plan": "adapter=0,15 emulator=4"}, "explicit"),
+        ({"plan": "adapter=0,15 emulator=4", "select": "cka_cluster_shared"}, "cka_cluster_shared"),
+    ],
+)
+def test_methods_are_told_apart_where_the_plan_is_spelled_out(
+    compress: dict[str, Any], select: str
+) -> None:
+    assert row_of(compress)["select"] == select
+
+
 def test_a_sweep_of_nothing_yet_has_a_table() -> None:
     assert summaries([]) == []
     assert how_much_to_distil([], 0.5) == []
@@ -164,58 +253,32 @@ def test_every_column_is_in_the_documentation() -> None:
     assert sorted(set(missing) - set(measures)) == []
 
 
-@pytest.fixture(scope="module")
-def won(loop: Loop, tmp_path_factory: pytest.TempPathFactory) -> tuple[SweepConfig, SweepResult]:
-    """Return a sweep whose winner is distilled; only read."""
+def test_a_crash_is_tried_again_and_leaves_its_traceback_a_diverged_run_is_not(
+    loop: Loop, tmp_path: Path
+) -> None:
+    class Clumsy(Silent):
+        def evaluated(self, job: Job, step: int, losses: Mapping[str, float]) -> None:
+            raise RuntimeError("out of luck")
+
+    finetune = {"max_steps": 2, "batch_size": 2}
     space = {
         "compress": {"plan": "1-2-1"},
-        "distill": {"max_steps": 3, "batch_size": 2, "learning_rate": 1e-2},
-        "finetune": {"max_steps": 2, "batch_size": 2},
+        "any_of": [
+            {"distill": {"max_steps": 1, "batch_size": 2}, "finetune": finetune},
+            {"finetune": {**finetune, "learning_rate": 1e38}},
+        ],
     }
-    out = tmp_path_factory.mktemp("won") / "out"
-    config = a_config(loop, out, space=space, objectives=("plug_in",))
-    return config, sweep(config, lambda _: None, lambda _: Silent())
-
-
-def test_the_winners_recipe_makes_its_emulator_again(
-    won: tuple[SweepConfig, SweepResult], tmp_path: Path
-) -> None:
-    winner = Path(won[1].recipe or "")
-    recipe = str(winner / "recipe.yaml")
-    for verb in ("compress", "prepare", "distill", "finetune"):
-        parse(VERBS[verb], ["--config", recipe], VERBS)
-    command = [sys.executable, str(ROOT / "jobs" / "distill.py")]
-    words = ["--root", str(tmp_path), "--config", recipe]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, *words], capture_output=True, text=True, check=False, env=env)
-    assert done.returncode == 0, done.stderr
-    again, won_bundle = open_bundle(tmp_path / "emulator"), open_bundle(winner / "bundle")
-    assert again.plan == won_bundle.plan
-    for name in won_bundle.weights.tensors:
-        assert again.weights.read(name).equal(won_bundle.weights.read(name))
-
-
-def test_the_result_is_plain_and_says_how_much_to_distil(
-    won: tuple[SweepConfig, SweepResult],
-) -> None:
-    from offsite_ray.results import to_plain
-
-    plain = json.loads(json.dumps(to_plain(won[1])))
-    rows = pq.read_table(plain["table"]).to_pylist()
-    best = min(r["plug_in_nats"] for r in rows if r["role"] == "emulator")
-    assert plain["plug_in"] == best
-    assert {row["distill_steps"] for row in plain["distillation"]} == {3}
-    assert plain["distil"].startswith("3 steps of 2 emulator blocks")
-
-
-def test_a_bundle_that_was_removed_is_made_again(won: tuple[SweepConfig, SweepResult]) -> None:
-    import shutil
-
-    config, result = won
-    before = open_bundle(Path(result.recipe or "") / "bundle")
-    tensors = {name: before.weights.read(name).clone() for name in before.weights.tensors}
-    for bundle in (Path(config.out) / "trials").glob("*/bundle"):
-        shutil.rmtree(bundle)
-    again = sweep(config, lambda _: None, lambda _: Silent())
-    after = open_bundle(Path(again.recipe or "") / "bundle")
-    assert all(after.weights.read(name).equal(tensor) for name, tensor in tensors.items())
+    config = a_config(
+        loop, tmp_path / "out", space=space, retries=1, baseline={"learning_rate": 1e-3}
+    )
+    sweep(config, lambda _: None, lambda _: Clumsy())
+    folders = Folders(tmp_path / "out")
+    tries = {}
+    for record in folders.records():
+        if record["status"] == "failed":
+            told = folders.of(record["id"]) / "traceback.txt"
+            crashed = told.is_file() and 'raise RuntimeError("out of luck")' in told.read_text()
+            tries[record["error"].partition(":")[0], crashed] = record["attempts"]
+    assert tries.pop(("RuntimeError", True)) == 2
+    ((_, crashed),) = tries
+    assert (crashed, *tries.values()) == (False, 1)

@@ -48,6 +48,22 @@ def from_file(path: str, verb: str, fields: Mapping[str, Field], verbs: Iterable
     return _checked({**flat, **section}, fields, f" in {path}")
 
 
+def sections_of(path: str, verbs: Iterable[str]) -> list[str]:
+    """Return the verbs that a YAML file has something below the name of.
+
+    Raises:
+        StorageError: The file cannot be read.
+        ConfigError: It is no YAML mapping.
+    """
+    plain = _mapping(_loaded(_read(path), path), f"{path}:")
+    spellings = {verb: (verb, verb.replace("-", "_")) for verb in verbs}
+    return [
+        verb
+        for verb, names in spellings.items()
+        if any(isinstance(plain.get(name), Mapping) for name in names)
+    ]
+
+
 def from_overrides(words: Iterable[str], verb: str, fields: Mapping[str, Field]) -> Any:
     """Return the values that ``key=value`` words set; a value is read as YAML reads it.
 

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from offsite_ray.errors import OffsiteError, first_line
+from offsite_ray.errors import DivergedError, OffsiteError, first_line
 from offsite_ray.tune.folders import FAILED, STOPPED, Folders, Record, remove
 from offsite_ray.tune.trial import Tell, base_record, run_job
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 ARTEFACTS = ("compressed", "bundle", "keep-all", "adapter", "fine-tuned")
 """What a job may leave in its folder."""
+
+TRACEBACK = "traceback.txt"
+"""File in the folder of a job that crashed, of its last attempt."""
 
 
 class StopTrial(Exception):
@@ -54,7 +58,9 @@ def try_job(job: Job, shared: Shared, tell: Tell) -> Record:
     except StopTrial:
         return end_stopped(job, shared)
     except OffsiteError as error:
-        if error.exit_status != OffsiteError.exit_status:
+        # A loss that is not a number comes again from the same checkpoint.
+        useless = isinstance(error, DivergedError)
+        if error.exit_status != OffsiteError.exit_status and not useless:
             raise
         return end_failed(job, shared, str(error), attempts=1)
 
@@ -78,13 +84,19 @@ def end_failed(job: Job, shared: Shared, error: str, *, attempts: int) -> Record
 
 @contextlib.contextmanager
 def last_words_kept(job: Job, shared: Shared) -> Iterator[None]:
-    """Keep what a crash says in the job's folder, for the process that runs the sweep."""
+    """Keep what a crash says in the job's folder, for the process that runs the sweep.
+
+    Where it came from stands beside it, for who wants to know why.
+    """
     said = _last_words_file(job, shared)
+    where = said.with_name(TRACEBACK)
     said.unlink(missing_ok=True)
+    where.unlink(missing_ok=True)
     try:
         yield
     except Exception as error:
         said.parent.mkdir(parents=True, exist_ok=True)
+        where.write_text(traceback.format_exc(), encoding="utf-8")
         said.write_text(f"{type(error).__name__}: {first_line(error)}", encoding="utf-8")
         raise
 
@@ -129,9 +141,10 @@ def _tried(job: Job, shared: Shared, tell: Tell, retries: int) -> Record:
     said = ""
     for _ in range(retries + 1):
         try:
-            return try_job(job, shared, tell)
-        except Exception as error:
-            said = f"{type(error).__name__}: {first_line(error)}"
+            with last_words_kept(job, shared):
+                return try_job(job, shared, tell)
+        except Exception:
+            said = last_words(job, shared)
     return end_failed(job, shared, said, attempts=retries + 1)
 
 

@@ -65,9 +65,10 @@ def scores(row: Mapping[str, float | None], objectives: Sequence[str]) -> tuple[
 def front(points: Sequence[Summary], objectives: Sequence[str]) -> list[Summary]:
     """Return the points that no other is better than, in their order.
 
-    One is better than another where it is as good in every objective and better in one.
+    One is better than another where it is as good in every objective and better in one. A point of
+    which seeds were stopped early is none.
     """
-    known = [(point, scores(point.mean, objectives)) for point in points]
+    known = [(point, scores(point.mean, objectives)) for point in points if not point.num_stopped]
     return [
         point
         for point, own in known
@@ -82,15 +83,29 @@ def dominates(first: Sequence[float], second: Sequence[float]) -> bool:
     return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
 
 
-def worth(row: Mapping[str, float | None], privacy_weight: float) -> float | None:
-    """Return what a model owner has of a point, higher is better.
+def yardstick(points: Sequence[Summary]) -> str:
+    """Return the column of the utility gap that points are compared by, the same for all.
 
-    ``privacy_weight * privacy gap - (1 - privacy_weight) * utility gap``; the utility gap is that
-    to the bound, or to full fine-tuning where there is no bound.
+    It is that to the bound, or to full fine-tuning where no bound is known at all: a point whose
+    own bound failed would be judged by another measure than its rivals.
     """
-    utility, privacy = row.get("bound_gap"), row.get("privacy_gap")
-    if utility is None:
-        utility = row.get("utility_gap")
+    known = any(point.mean["bound_gap"] is not None for point in points)
+    return "bound_gap" if known else "utility_gap"
+
+
+def worth(
+    row: Mapping[str, float | None], privacy_weight: float, utility_gap: str = "bound_gap"
+) -> float | None:
+    """Return what a model owner has of a point, higher is better; None where a gap is unknown.
+
+    ``privacy_weight * privacy gap - (1 - privacy_weight) * utility gap``.
+
+    Args:
+        row: Means of a point.
+        privacy_weight: 0 to 1.
+        utility_gap: Column that :func:`yardstick` gave for all that are compared.
+    """
+    utility, privacy = row.get(utility_gap), row.get("privacy_gap")
     if utility is None or privacy is None:
         return None
     return privacy_weight * privacy - (1 - privacy_weight) * utility
@@ -101,14 +116,14 @@ def chosen(
 ) -> Summary | None:
     """Return the winner: the best in a single objective, or of the front the one worth most."""
     candidates = front(points, objectives)
-    rated = [
-        (value, point)
+    utility = yardstick(candidates)
+    values = (
+        worth(point.mean, privacy_weight, utility)
+        if len(objectives) > 1
+        else _only(point, objectives)
         for point in candidates
-        for value in (
-            worth(point.mean, privacy_weight) if len(objectives) > 1 else _only(point, objectives),
-        )
-        if value is not None
-    ]
+    )
+    rated = [(v, point) for v, point in zip(values, candidates, strict=True) if v is not None]
     return max(rated, key=lambda pair: pair[0])[1] if rated else None
 
 
@@ -133,11 +148,12 @@ class Distilled:
     """To the bound."""
     privacy_gap: float | None
     worth: float | None
-    """For the privacy weight of the sweep."""
+    """For the privacy weight of the sweep; None where a gap is not known, or seeds were stopped."""
 
 
 def how_much_to_distil(points: Sequence[Summary], privacy_weight: float) -> list[Distilled]:
     """Return both gaps over emulator size and steps of distillation, in this order."""
+    utility = yardstick(points)
     found = [
         Distilled(
             point=point.point,
@@ -149,7 +165,7 @@ def how_much_to_distil(points: Sequence[Summary], privacy_weight: float) -> list
             utility_gap=point.mean["utility_gap"],
             bound_gap=point.mean["bound_gap"],
             privacy_gap=point.mean["privacy_gap"],
-            worth=worth(point.mean, privacy_weight),
+            worth=None if point.num_stopped else worth(point.mean, privacy_weight, utility),
         )
         for point in points
     ]

@@ -149,20 +149,20 @@
   function placement(box) {
     const known = data.placements;
     if (!known.length) return false;
-    const kinds = [...groups(known, (p) => (p.method === "full" ? p.placement : `${p.placement}, ${p.method}`))];
+    const kinds = [...groups(known, (p) => p.kind)];
     const axes = frame(box, {
       xs: known.map((p) => p.adapter_blocks), xLabel: "adapter blocks", yLabel: quality,
       ys: [...known.map((p) => p.value), levels.full_fine_tuned, levels.full_zero_shot],
       fixed: [...new Set(known.map((p) => p.adapter_blocks))],
     });
-    level(axes, levels.full_fine_tuned, "full fine-tuning");
+    level(axes, levels.full_fine_tuned, levels.full_fine_tuned_label);
     level(axes, levels.full_zero_shot, "full model as it is");
     kinds.forEach(([, members], series) => {
       const sorted = [...members].sort((a, b) => a.adapter_blocks - b.adapter_blocks);
       line(axes, sorted.map((p) => [p.adapter_blocks, p.value]), series);
       for (const p of sorted) {
         mark(axes, null, p.adapter_blocks, p.value, series, {
-          title: `${p.placement}, blocks ${p.blocks}: ${shown(p.value)}`,
+          title: `${p.kind}, blocks ${p.blocks}: ${shown(p.value)}`,
         });
       }
     });
@@ -221,19 +221,16 @@
   }
 
   const worth = (point, weight) => {
-    const utility = mean(point.bound_gap) === null ? mean(point.utility_gap) : mean(point.bound_gap);
-    const privacy = mean(point.privacy_gap);
+    const [utility, privacy] = [mean(point[data.utility]), mean(point.privacy_gap)];
     return utility === null || privacy === null ? null : weight * privacy - (1 - weight) * utility;
   };
 
   function knob(box) {
-    const rated = points.filter((p) => worth(p, 0.5) !== null);
+    const kinds = new Map(data.kinds.map(([name, ids]) => [name, ids.map((id) => byId.get(id))]));
+    const rated = [...new Set([...kinds.values()].flat())];
     if (!rated.length) return false;
-    const kinds = groups(rated, (p) => [
-      `${p.emulator_blocks} emulator blocks`, p.select, p.compress === "none" ? "" : p.compress,
-      `${p.adapter_blocks} adapter blocks`, p.method === "full" ? "" : p.method,
-      p.learning_rate === null ? "" : `lr ${p.learning_rate}`,
-    ].filter(Boolean).join(", "));
+    const gaps = [data.utility, "privacy_gap"];
+    const yardstick = data.utility === "bound_gap" ? "the bound" : "full fine-tuning";
     const [slider, choice, said] = ["weight", "kind", "chosen"].map((id) => document.getElementById(id));
     const best = (weight) => rated.reduce((a, b) => (worth(b, weight) > worth(a, weight) ? b : a));
     const kindOf = (point) => [...kinds].find(([, members]) => members.includes(point))[0];
@@ -250,23 +247,23 @@
     function draw() {
       const weight = Number(slider.value);
       const point = best(weight);
-      said.textContent = `At ${weight.toFixed(2)}: ${words(point)}; utility gap to the bound `
-        + `${pair(point.bound_gap)}, privacy gap ${pair(point.privacy_gap)}.`;
+      said.textContent = `At ${weight.toFixed(2)}: ${words(point)}; utility gap to ${yardstick} `
+        + `${pair(point[data.utility])}, privacy gap ${pair(point.privacy_gap)}.`;
       const sorted = [...kinds.get(choice.value)].sort((a, b) => a.steps - b.steps);
       const of = (gap) => sorted.map((p) => [p.steps, mean(p[gap])]);
       const axes = frame(box, {
         xs: sorted.map((p) => p.steps), xLabel: "steps of distillation", yLabel: data.unit, zero: true,
-        ys: ["bound_gap", "privacy_gap"].flatMap((gap) => of(gap).map(([, v]) => v)),
+        ys: gaps.flatMap((gap) => of(gap).map(([, v]) => v)),
         fixed: [...new Set(sorted.map((p) => p.steps))],
       });
       if (sorted.includes(point)) {
         add(axes.svg, "path", { d: `M${axes.x(point.steps)} 10V228`, class: "level chosen" });
       }
-      ["bound_gap", "privacy_gap"].forEach((gap, i) => {
+      gaps.forEach((gap, i) => {
         line(axes, of(gap), i);
         for (const p of sorted) if (mean(p[gap]) !== null) mark(axes, p, p.steps, mean(p[gap]), i);
       });
-      legend(box, ["utility gap: bound ahead of plug-in", "privacy gap: plug-in ahead of emulator"]);
+      legend(box, [`utility gap: ${yardstick} ahead of plug-in`, "privacy gap: plug-in ahead of emulator"]);
     }
     draw();
     return true;
@@ -350,7 +347,7 @@
     detail.textContent = `${words(found)}${found.control ? ` (${found.control} control)` : ""}`
       + ` \u2014 plug-in ${pair(found.plug_in)}, emulator ${pair(found.emulator_fine_tuned)},`
       + ` gap to bound ${pair(found.bound_gap)}, privacy gap ${pair(found.privacy_gap)}, ${size(found.bytes)}`
-      + (found.other ? `; ${found.other}` : "");
+      + [found.deep, found.other].filter(Boolean).map((text) => `; ${text}`).join("");
   }
   const idOf = (event) => event.target.closest?.("[data-id]")?.dataset.id;
   for (const name of ["mouseover", "focusin", "click"]) {

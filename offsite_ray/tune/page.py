@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from offsite_ray.bundle import atomic_file
 from offsite_ray.results import SETTINGS
 from offsite_ray.tune.folders import FAILED
-from offsite_ray.tune.front import OBJECTIVES
+from offsite_ray.tune.front import OBJECTIVES, yardstick
 from offsite_ray.tune.plan import Job
 from offsite_ray.tune.recipe import label_of
+from offsite_ray.tune.space import STAGES
 from offsite_ray.tune.table import GAPS, Row, Summary, quality
 
 if TYPE_CHECKING:
@@ -27,6 +28,15 @@ if TYPE_CHECKING:
 
 _SHOWN = ("plug_in", "emulator_fine_tuned", "emulator_zero_shot", "bound", *GAPS)
 """Numbers of a point that the page has, with their spread."""
+
+_IN_COLUMNS = (
+    "compress.plan", "compress.select", "compress.compress", "distill.max_steps",
+    "finetune.method", "finetune.learning_rate",
+)  # fmt: skip
+"""Settings that each point shows in a place of their own."""
+
+DEEP = "as deep as the full model"
+"""Said of an emulator where copies or harmonizers stand in the place of dropped blocks."""
 
 
 def write_page(
@@ -68,6 +78,12 @@ def page_data(
 
     nats = any(row["plug_in_nats"] is not None for row in rows)
     front = {point.point for point in best}
+    utility, others = yardstick(points), other_settings([point.row for point in points])
+    tuned, num_tuned = _best_of(rows, "fine_tuned", "full_fine_tuned")
+    drawn = [
+        _point(point, other, nats=nats, on_front=point.point in front)
+        for point, other in zip(points, others, strict=True)
+    ]
     return {
         "title": f"Sweep of {Path(config.model).resolve().name}",
         "unit": "nats per token" if nats else "mean task score",
@@ -75,11 +91,15 @@ def page_data(
         "weight": config.privacy_weight,
         "objectives": [OBJECTIVES[name].label for name in config.objectives],
         "winner": None if winner is None else winner.point,
-        "points": [_point(point, nats=nats, on_front=point.point in front) for point in points],
+        "points": drawn,
+        "utility": utility,
+        "kinds": list(kinds(drawn, utility).items()),
         "placements": _placements(rows, nats=nats),
         "yardsticks": {
-            "full_zero_shot": _mean_of(rows, "full", "full_zero_shot"),
-            "full_fine_tuned": _mean_of(rows, "fine_tuned", "full_fine_tuned"),
+            "full_zero_shot": _best_of(rows, "full", "full_zero_shot")[0],
+            "full_fine_tuned": tuned,
+            "full_fine_tuned_label": "full fine-tuning"
+            + (f", best of {num_tuned}" if num_tuned > 1 else ""),
         },
     }
 
@@ -90,7 +110,8 @@ def sentence(winner: Summary | None, points: Sequence[Summary], config: SweepCon
         return "No emulator was measured beside what it must be judged against."
     mean, row = winner.mean, winner.row
     distilled = f"distilled for {row['distill_steps']} steps" if row["distill_steps"] else "as cut"
-    found = f"Of {len(points)} emulators, {row['plan']} ({row['select']}, {distilled}) is chosen"
+    how = f"{row['select']}, {distilled}" + (f", {DEEP}" if _is_as_deep(row) else "")
+    found = f"Of {len(points)} emulators, {row['plan']} ({how}) is chosen"
     parts = [
         _told("utility gap to the bound", mean["bound_gap"], winner.spread["bound_gap"]),
         _told("utility gap to full fine-tuning", mean["utility_gap"], winner.spread["utility_gap"]),
@@ -107,9 +128,10 @@ def _told(name: str, mean: float | None, spread: float | None) -> str:
     return f"{name} {mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
 
 
-def _point(point: Summary, *, nats: bool, on_front: bool) -> dict[str, Any]:
+def _point(
+    point: Summary, other: Mapping[str, Sequence[str]], *, nats: bool, on_front: bool
+) -> dict[str, Any]:
     row = point.row
-    settings = json.loads(row["settings"]) if row["settings"] else {}
     unit = "nats" if nats else "score"
     numbers = {}
     for name in _SHOWN:
@@ -127,12 +149,15 @@ def _point(point: Summary, *, nats: bool, on_front: bool) -> dict[str, Any]:
         "placement": placement(row),
         "adapter_blocks": row["num_adapter_blocks"],
         "emulator_blocks": row["num_emulator_blocks"],
+        "deep": DEEP if _is_as_deep(row) else "",
         "share": _share(row),
         "bytes": row["bundle_bytes"],
         "seconds": point.mean["seconds"],
         "seeds": len(point.seeds),
+        "stopped": point.num_stopped,
         "front": on_front,
-        "other": other_settings(settings),
+        "other": ", ".join(part for parts in other.values() for part in parts),
+        "others": dict(other),
         **numbers,
     }
 
@@ -143,16 +168,81 @@ def _share(row: Mapping[str, Any]) -> float | None:
     return float(row["bundle_bytes"] / row["full_model_bytes"])
 
 
-def other_settings(settings: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the settings that have no column of their own, in a line."""
-    shown = {"plan", "select", "compress", "method", "learning_rate", "max_steps"}
-    parts = [
-        f"{stage}.{name}={value}"
-        for stage, fields in settings.items()
-        for name, value in fields.items()
-        if name not in shown or (stage == "distill" and name == "learning_rate")
+def _is_as_deep(row: Mapping[str, Any]) -> bool:
+    """Return whether something stands in the place of each block that an emulator dropped."""
+    own = (row["num_adapter_blocks"] or 0) + (row["num_emulator_blocks"] or 0)
+    return row["depth"] is not None and bool(row["depth"] > own)
+
+
+def other_settings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, list[str]]]:
+    """Return for each row, by verb, the settings that no column has and that not all share."""
+    shared = common_settings(rows)
+    return [
+        {
+            stage: [part for part in parts if part not in shared[stage]]
+            for stage, parts in of.items()
+        }
+        for of in map(_parts, rows)
     ]
-    return ", ".join(parts)
+
+
+def common_settings(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return by verb the settings that no column has, of all rows for which the verb is run."""
+    found: dict[str, list[str]] = {}
+    for stage in STAGES:
+        lists = [parts[stage] for parts in map(_parts, rows) if stage in parts]
+        first = lists[0] if len(lists) > 1 else []
+        found[stage] = [part for part in first if all(part in other for other in lists)]
+    return found
+
+
+def _parts(row: Mapping[str, Any]) -> dict[str, list[str]]:
+    settings = json.loads(row["settings"]) if row["settings"] else {}
+    return {
+        stage: [f"{stage}.{n}={v}" for n, v in fields.items() if f"{stage}.{n}" not in _IN_COLUMNS]
+        for stage, fields in settings.items()
+    }
+
+
+def kinds(points: Sequence[Mapping[str, Any]], utility_gap: str) -> dict[str, list[str]]:
+    """Return what is one line over the steps of distillation: its name to the ids of its points.
+
+    An emulator that is not distilled begins the line of every way to distil it.
+    """
+    bases: dict[str, list[Mapping[str, Any]]] = {}
+    for point in points:
+        known = point[utility_gap][0] is not None and point["privacy_gap"][0] is not None
+        if known and not point["stopped"]:
+            bases.setdefault(_base(point), []).append(point)
+    found: dict[str, list[str]] = {}
+    for base, members in bases.items():
+        start = [point["id"] for point in members if not point["steps"]]
+        ways: dict[str, list[str]] = {}
+        for point in members:
+            if point["steps"]:
+                way = ", ".join(point["others"].get("distill", ()))
+                ways.setdefault(way, []).append(point["id"])
+        for way, distilled in (ways or {"": []}).items():
+            found[", ".join(filter(None, (base, way)))] = [*start, *distilled]
+    return found
+
+
+def _base(point: Mapping[str, Any]) -> str:
+    """Return what an emulator is but for its distillation, in words."""
+    rate, others = point["learning_rate"], point["others"]
+    parts = (
+        f"{point['emulator_blocks']} emulator blocks",
+        point["plan"] if point["select"] == "explicit" else point["select"],
+        "" if point["compress"] == "none" else point["compress"],
+        point["deep"],
+        f"{point['adapter_blocks']} adapter blocks",
+        point["placement"],
+        "" if point["method"] == "full" else point["method"],
+        "" if rate is None else f"lr {rate:g}",
+        *others.get("compress", ()),
+        *others.get("finetune", ()),
+    )
+    return ", ".join(filter(None, parts))
 
 
 def placement(row: Mapping[str, Any]) -> str:
@@ -174,22 +264,38 @@ def _placements(rows: Iterable[Row], *, nats: bool) -> list[dict[str, Any]]:
     for row in rows:
         if row["role"] == "bound" and row[f"bound_{unit}"] is not None:
             groups.setdefault(row["point"], []).append(row)
+    firsts = [found[0] for found in groups.values()]
+    rates = {row["learning_rate"] for row in firsts}
     return [
         {
-            "placement": placement(found[0]),
-            "adapter_blocks": found[0]["num_adapter_blocks"],
-            "blocks": found[0]["adapter_blocks"],
-            "method": found[0]["method"],
+            "kind": _placed(row, other, several_rates=len(rates) > 1),
+            "adapter_blocks": row["num_adapter_blocks"],
+            "blocks": row["adapter_blocks"],
             "value": sum(row[f"bound_{unit}"] for row in found) / len(found),
         }
-        for found in groups.values()
+        for row, other, found in zip(firsts, other_settings(firsts), groups.values(), strict=True)
     ]
 
 
-def _mean_of(rows: Iterable[Row], role: str, setting: str) -> float | None:
-    values = [quality(row, setting) for row in rows if row["role"] == role]
-    known = [abs(value) for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+def _placed(row: Row, other: Mapping[str, Sequence[str]], *, several_rates: bool) -> str:
+    """Return what the bounds of one line have in common, in words."""
+    parts = (
+        placement(row),
+        "" if row["method"] == "full" else row["method"],
+        f"lr {row['learning_rate']:g}" if several_rates and row["learning_rate"] else "",
+        *other.get("finetune", ()),
+    )
+    return ", ".join(filter(None, parts))
+
+
+def _best_of(rows: Iterable[Row], role: str, setting: str) -> tuple[float | None, int]:
+    """Return the best of what is measured once for many points, and of how many; seeds' means."""
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        if row["role"] == role and (value := quality(row, setting)) is not None:
+            groups.setdefault(row["point"], []).append(value)
+    means = [sum(values) / len(values) for values in groups.values()]
+    return (abs(max(means)) if means else None), len(means)
 
 
 def _facts(config: SweepConfig, rows: Sequence[Row], points: Sequence[Summary]) -> dict[str, str]:
@@ -198,6 +304,7 @@ def _facts(config: SweepConfig, rows: Sequence[Row], points: Sequence[Summary]) 
     versions: dict[str, str] = next(
         (json.loads(row["versions"]) for row in rows if row["versions"]), {}
     )
+    alike = common_settings([point.row for point in points])
     found = {
         "Model": config.model,
         "Jobs": f"{len(rows)}: {counted}" if rows else "none",
@@ -205,6 +312,7 @@ def _facts(config: SweepConfig, rows: Sequence[Row], points: Sequence[Summary]) 
         "Search": config.search + (f", preset {config.preset}" if config.preset else ""),
         "Measured on": ", ".join((*config.text, *config.tasks)),
         "Sequences": f"{config.seq_len} tokens, {config.dtype}",
+        "All alike": ", ".join(part for parts in alike.values() for part in parts),
         "Objectives": ", ".join(config.objectives),
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "Last result": max((str(row["date"]) for row in rows), default=""),

@@ -103,7 +103,7 @@ class Planner:
         return yardsticks + [job for job in ordered if job.role == "emulator"]
 
     def _of_point(self, point: Point) -> list[Job]:
-        settings = settings_of(point)
+        settings = self._settings(point)
         check_settings(settings)
         plan = self.resolved(settings["compress"])
         jobs = []
@@ -132,7 +132,20 @@ class Planner:
 
     def own(self, point: Point, seed: int) -> Job:
         """Return the job of a point itself, without its controls."""
-        return Job(role="emulator", settings=settings_of(point), seed=seed)
+        return Job(role="emulator", settings=self._settings(point), seed=seed)
+
+    def _settings(self, point: Point) -> Settings:
+        """Return the settings of a point; where it is one of its own controls, spelled as that is.
+
+        Otherwise ``both=4 keep=8`` and its control ``2-8-2``, one emulator, would be trained twice.
+        """
+        settings = settings_of(point)
+        compress = settings["compress"]
+        name = str(compress.get("select", "uniform"))
+        if set(compress) <= {"plan", "select"} and "emulator=" not in str(compress["plan"]):
+            found = controls(self.resolved(compress))
+            settings["compress"] = found.get(name, compress)
+        return settings
 
     def resolved(self, compress: Mapping[str, Value]) -> SplitPlan:
         """Return the split plan of a point; which blocks are kept is right for a uniform drop."""

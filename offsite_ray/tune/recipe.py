@@ -8,15 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offsite_ray.bundle import atomic_directory
+from offsite_ray.data import is_prepared
 from offsite_ray.tune.attempts import ARTEFACTS
-from offsite_ray.tune.folders import Folders, remove
+from offsite_ray.tune.folders import FAILED, Folders, alone, remove
+from offsite_ray.tune.front import front
 from offsite_ray.tune.plan import Job
+from offsite_ray.tune.space import NUM_WORKERS
+from offsite_ray.tune.table import rows_of, summaries
 from offsite_ray.tune.trial import Bench, make_emulator, wants_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from offsite_ray.config import SweepConfig
+    from offsite_ray.tune.attempts import Watch
+    from offsite_ray.tune.folders import Record
+    from offsite_ray.tune.plan import Planner
     from offsite_ray.tune.table import Summary
     from offsite_ray.tune.trial import Shared
 
@@ -31,20 +38,35 @@ _HEAD = """\
 """
 
 
-def write_winner(folders: Folders, winner: Summary, config: SweepConfig, shared: Shared) -> Path:
+def write_winner(
+    folders: Folders, winner: Summary, config: SweepConfig, shared: Shared, *, may_make: bool
+) -> Path | None:
     """Write the winner's bundle and recipe, in place of those of an earlier one.
 
-    A bundle that was removed, because it was behind at that time, is made again.
+    Args:
+        folders: Where.
+        winner: Of which the first seed is taken.
+        config: What its recipe is made of.
+        shared: What its bundle is made of.
+        may_make: Whether a bundle that was removed, because it was behind at that time, may be made
+            again: that takes as long as it did.
+
+    Returns:
+        The directory; None where the bundle is not there, and an earlier winner is left as it is.
     """
     job = Job.from_plain(_record(folders, winner)["job"])
     bundle = folders.of(job.id) / BUNDLE
-    if not bundle.exists():
-        make_emulator(Bench(job=job, shared=shared, folder=folders.of(job.id), tell=_unheard))
-        remove(folders.of(job.id) / "compressed")
-    shutil.rmtree(folders.winner, ignore_errors=True)
-    with atomic_directory(folders.winner) as tmp:
-        shutil.copytree(bundle, tmp / BUNDLE)
-        (tmp / RECIPE).write_text(recipe_text(job, config, shared), encoding="utf-8")
+    # A trial of a driver that was killed may still be at work.
+    with alone(folders.of(job.id) / ".lock"):
+        if not bundle.exists() and not may_make:
+            return None
+        if not bundle.exists():
+            make_emulator(Bench(job=job, shared=shared, folder=folders.of(job.id), tell=_unheard))
+            remove(folders.of(job.id) / "compressed")
+        shutil.rmtree(folders.winner, ignore_errors=True)
+        with atomic_directory(folders.winner) as tmp:
+            shutil.copytree(bundle, tmp / BUNDLE)
+            (tmp / RECIPE).write_text(recipe_text(job, config, shared), encoding="utf-8")
     return folders.winner
 
 
@@ -65,30 +87,74 @@ def recipe_of_job(job: Job, config: SweepConfig, shared: Shared) -> dict[str, An
     public = [_absolute(source) for source in config.public]
     if wants_text(compress):
         compress |= {"calibration": public, "calibration_seq_len": shared.seq_len}
-    common = {"dtype": shared.dtype}
-    distill = job.settings.get("distill")
+    bundle, distil = "bundle", {}
+    if (distill := job.settings.get("distill")) is not None:
+        bundle, distil = "emulator", _sections_to_distil(dict(distill), public, job, shared)
     return {
         "compress": {"model": model, **_given(shared), **compress, "out": "bundle",
                      "seed": job.seed},
-        "prepare": {"tokenizer": model, "text": public, "block_size": shared.seq_len,
-                    "out": shared.public or "public"},
-        # An emulator that was not distilled has no steps to repeat: those below are the default.
-        "distill": {"model": model, "bundle": "bundle", "data": [shared.public or "public"],
-                    "out": "emulator", "num_workers": 0, **common, **(distill or {}),
-                    "seed": job.seed, "resume": True},
-        "finetune": {"bundle": "emulator" if distill else "bundle",
+        **distil,
+        "finetune": {"bundle": bundle,
                      "data": [_absolute(source) for source in config.private], "out": "adapter",
-                     "seq_len": shared.seq_len, **common, **finetune, "seed": job.seed,
+                     "seq_len": shared.seq_len, "dtype": shared.dtype, **finetune, "seed": job.seed,
                      "resume": True},
     }  # fmt: skip
 
 
-def prune_bundles(folders: Folders, keep: Sequence[Summary]) -> None:
+def _sections_to_distil(
+    distill: dict[str, Any], public: list[str], job: Job, shared: Shared
+) -> dict[str, Any]:
+    """Return how data are prepared, unless they are, and how the bundle is distilled on them."""
+    model, prepared = _absolute(shared.model), [path for path in public if is_prepared(path)]
+    prepare = {"tokenizer": model, "text": public, "block_size": shared.seq_len, "out": "public"}
+    return {
+        **({} if prepared else {"prepare": prepare}),
+        "distill": {"model": model, "bundle": "bundle", "data": prepared or ["public"],
+                    "out": "emulator", "num_workers": NUM_WORKERS, "dtype": shared.dtype,
+                    **distill, "seed": job.seed, "resume": True},
+    }  # fmt: skip
+
+
+def prune_bundles(folders: Folders, records: Iterable[Record], keep: Sequence[Summary]) -> None:
     """Remove the bundles of all points but some; they can be made again by their settings."""
     kept = {point.point for point in keep}
-    for record in folders.records():
+    for record in records:
         if record["point"] not in kept:
             remove(*(folders.of(record["id"]) / name for name in ARTEFACTS))
+
+
+class PrunedToo:
+    """Passes on what happens in a sweep, and removes at once the bundles that are behind.
+
+    The bundles of large models would fill the disk before the last job has ended.
+    """
+
+    def __init__(
+        self, folders: Folders, planner: Planner, objectives: Sequence[str], other: Watch
+    ) -> None:
+        """Know what has ended already, and tell another watch."""
+        self._folders, self._planner, self._objectives = folders, planner, objectives
+        self._other = other
+        self._records = {
+            record["id"]: record for record in folders.records() if record["status"] != FAILED
+        }
+
+    def started(self, job: Job) -> None:
+        """Leave alone what is at work, whatever became of it before."""
+        self._records.pop(job.id, None)
+        self._other.started(job)
+
+    def evaluated(self, job: Job, step: int, losses: Mapping[str, float]) -> None:
+        """Pass it on."""
+        self._other.evaluated(job, step, losses)
+
+    def ended(self, record: Record) -> None:
+        """Remove what is no longer on the front, or never came to be."""
+        self._records[record["id"]] = record
+        records = list(self._records.values())
+        points = summaries(rows_of(records, self._planner))
+        prune_bundles(self._folders, records, front(points, self._objectives))
+        self._other.ended(record)
 
 
 def label_of(job: Job) -> str:

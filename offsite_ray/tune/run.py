@@ -35,7 +35,7 @@ from offsite_ray.tune.front import (
 from offsite_ray.tune.halving import Halving
 from offsite_ray.tune.plan import Planner
 from offsite_ray.tune.presets import PRESETS
-from offsite_ray.tune.recipe import prune_bundles, write_winner
+from offsite_ray.tune.recipe import PrunedToo, prune_bundles, write_winner
 from offsite_ray.tune.search import Listed, Suggested
 from offsite_ray.tune.space import draw, every_value, grid, parse_space, stage_fields
 from offsite_ray.tune.table import rows_of, summaries, write_table
@@ -147,12 +147,14 @@ def sweep(config: SweepConfig, notice: Notice, watching: Callable[[Sweep], Watch
     check_parent(root / "sweep")
     with alone(root / ".lock", wait=False):
         planned = plan_sweep(config, root, notice)
-        watch = TensorBoardToo(planned.folders.tensorboard, watching(planned))
+        watch: Watch = TensorBoardToo(planned.folders.tensorboard, watching(planned))
+        if not config.keep_bundles:
+            watch = PrunedToo(planned.folders, planned.planner, config.objectives, watch)
         try:
             whole = _run(planned, watch, notice)
         except KeyboardInterrupt:
             whole = False
-        result = finish(planned, time.perf_counter() - start)
+        result = finish(planned, time.perf_counter() - start, whole=whole)
     left = num_left(planned)
     if left or not whole:
         number = f"{left} jobs are" if left else "some jobs are"
@@ -317,8 +319,14 @@ def num_left(planned: Sweep) -> int:
     return sum(planned.folders.record(job.id) is None for job in planned.jobs())
 
 
-def finish(planned: Sweep, seconds: float) -> SweepResult:
-    """Write table, winner and report of what there is, and return it in short."""
+def finish(planned: Sweep, seconds: float, *, whole: bool = True) -> SweepResult:
+    """Write table, report and winner of what there is, and return it in short.
+
+    Args:
+        planned: The sweep.
+        seconds: What it took.
+        whole: Whether it came to its end; else nothing is made that takes long.
+    """
     from offsite_ray.tune.page import write_page
 
     config, folders = planned.config, planned.folders
@@ -328,11 +336,12 @@ def finish(planned: Sweep, seconds: float) -> SweepResult:
     points = summaries(rows)
     best = front(points, config.objectives)
     winner = chosen(points, config.objectives, config.privacy_weight)
-    if not config.keep_bundles:
-        prune_bundles(folders, best)
-    if winner is not None:
-        write_winner(folders, winner, config, planned.shared)
     write_page(folders.report, config, rows, points, best, winner)
+    if not config.keep_bundles:
+        prune_bundles(folders, records, best)
+    recipe = None
+    if winner is not None:
+        recipe = write_winner(folders, winner, config, planned.shared, may_make=whole)
     statuses = [record["status"] for record in records]
     mean = winner.mean if winner is not None else {}
     knob = how_much_to_distil(points, config.privacy_weight)
@@ -347,7 +356,7 @@ def finish(planned: Sweep, seconds: float) -> SweepResult:
         num_failed=statuses.count(FAILED),
         front=tuple(in_words(point.row) for point in best),
         winner=None if winner is None else in_words(winner.row),
-        recipe=None if winner is None else str(folders.winner),
+        recipe=None if recipe is None else str(recipe),
         plug_in=mean.get("plug_in_score") if plug_in is None else plug_in,
         utility_gap=mean.get("utility_gap"),
         bound_gap=mean.get("bound_gap"),

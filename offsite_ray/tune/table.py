@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ import pyarrow.parquet as pq
 from offsite_ray.bundle import atomic_file
 from offsite_ray.evaluation.gaps import mean_score
 from offsite_ray.results import SETTINGS
-from offsite_ray.tune.folders import FINISHED, Record
+from offsite_ray.selection import SELECTION_METHODS
+from offsite_ray.tune.folders import FINISHED, STOPPED, Record
 from offsite_ray.tune.plan import Job
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "num_blocks": _WHOLE,
     "num_adapter_blocks": _WHOLE,
     "num_emulator_blocks": _WHOLE,
+    "depth": _WHOLE,
     "adapter_blocks": _TEXT,
     "emulator_blocks": _TEXT,
     "bundle_bytes": _WHOLE,
@@ -89,6 +92,9 @@ class Summary:
     """Column to its mean over the seeds; None where one was not measured."""
     spread: Mapping[str, float | None]
     """Column to its standard deviation (of a sample); None for one seed."""
+    num_stopped: int
+    """Seeds that were stopped early. The mean of the others is that of the lucky ones, so a point
+    with any is in the table and competes for nothing."""
 
 
 def rows_of(records: Iterable[Record], planner: Planner) -> list[Row]:
@@ -110,13 +116,15 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
 def summaries(rows: Iterable[Row]) -> list[Summary]:
     """Return the finished emulators by point, in the order in which they come."""
     points: dict[str, list[Row]] = {}
+    stopped: Counter[str] = Counter()
     for row in rows:
         if row["role"] == "emulator" and row["status"] == FINISHED:
             points.setdefault(row["point"], []).append(row)
-    return [_summary(point, found) for point, found in points.items()]
+        stopped[row["point"]] += row["status"] == STOPPED
+    return [_summary(point, found, stopped[point]) for point, found in points.items()]
 
 
-def _summary(point: str, rows: list[Row]) -> Summary:
+def _summary(point: str, rows: list[Row], num_stopped: int) -> Summary:
     mean: dict[str, float | None] = {}
     spread: dict[str, float | None] = {}
     for name, kind in COLUMNS.items():
@@ -129,7 +137,9 @@ def _summary(point: str, rows: list[Row]) -> Summary:
         spread[name] = _deviation(known) if whole else None
     rows = sorted(rows, key=lambda row: int(row["seed"]))
     seeds = tuple(int(row["seed"]) for row in rows)
-    return Summary(point=point, row=rows[0], seeds=seeds, mean=mean, spread=spread)
+    return Summary(
+        point=point, row=rows[0], seeds=seeds, mean=mean, spread=spread, num_stopped=num_stopped
+    )
 
 
 def _deviation(values: Sequence[float]) -> float | None:
@@ -156,14 +166,15 @@ def _row(record: Record, known: Mapping[str, Record], planner: Planner) -> Row:
         "status": record["status"],
         "error": record["error"],
         "seed": job.seed,
-        "plan": found.get("plan") or compress.get("plan"),
+        "plan": _plan(job, found, planner),
         "select": _selection(job),
         "compress": compress.get("compress", "none") if compress else None,
         "distill_steps": _distill_steps(job, course),
         "method": finetune.get("method", "full") if finetune or compress else None,
         "learning_rate": finetune.get("learning_rate"),
         "num_adapter_blocks": len(found["adapter"]) if "adapter" in found else None,
-        "num_emulator_blocks": len(found["emulator"]) if "emulator" in found else None,
+        "num_emulator_blocks": _num_emulator_blocks(job, found, planner),
+        "depth": len(found["adapter"] + found["emulator"]) if "emulator" in found else None,
         "adapter_blocks": _joined(found.get("adapter")),
         "emulator_blocks": _joined(found.get("emulator")),
         **{
@@ -199,9 +210,40 @@ def _selection(job: Job) -> str | None:
     compress = job.settings.get("compress")
     if compress is None:
         return None
-    if "=" in str(compress["plan"]):
+    if "emulator=" in str(compress["plan"]) and not _keeps_depth(compress):
         return job.control or "explicit"
     return str(compress.get("select", "uniform"))
+
+
+def _keeps_depth(compress: Mapping[str, Any]) -> bool:
+    """Return whether something stands in the place of the blocks that are dropped."""
+    method = SELECTION_METHODS.get(str(compress.get("select", "uniform")))
+    return method is not None and method.keeps_depth
+
+
+def _plan(job: Job, found: Mapping[str, Any], planner: Planner) -> str | None:
+    """Return the plan by which the verbs make it: short where it can be.
+
+    The bundle of an emulator that keeps the depth has every block, and its plan names them all.
+    """
+    compress = job.settings.get("compress", {})
+    if not compress:
+        return None
+    given = str(compress["plan"])
+    if not _keeps_depth(compress):
+        return str(found.get("plan") or given)
+    plan = planner.resolved(compress)
+    # Who names the blocks, or spreads the adapter, says more than the numbers do.
+    return given if "emulator=" in given or len(plan.segments) > 1 else plan.short
+
+
+def _num_emulator_blocks(job: Job, found: Mapping[str, Any], planner: Planner) -> int | None:
+    """Return how many blocks of the middle are kept; copies and harmonizers do not count."""
+    if "emulator" not in found:
+        return None
+    compress = job.settings["compress"]
+    kept = planner.resolved(compress).emulator if _keeps_depth(compress) else found["emulator"]
+    return len(kept)
 
 
 def _distill_steps(job: Job, course: Sequence[Any]) -> Any:
