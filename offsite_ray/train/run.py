@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from offsite_ray.cluster import check_room, embedded_ray
 from offsite_ray.errors import OffsiteError, StorageError, TrainingError
 from offsite_ray.results import CheckpointRecord, EvalRecord, RunStart, StepRecord
-from offsite_ray.train.worker import RECORDS, read_result, worker
+from offsite_ray.train.worker import RECORDS, RESERVED, read_result, worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -63,7 +63,8 @@ def run_on_ray(
         TrainingError: They failed without one of these, more often than they may.
     """
     run_dir = run_dir.resolve()
-    (run_dir / RECORDS).unlink(missing_ok=True)
+    for left in (RECORDS, RESERVED):
+        (run_dir / left).unlink(missing_ok=True)
     with embedded_ray(config.num_workers), following(run_dir / RECORDS, report):
         gpu = use_gpu(config)
         check_room(config.num_workers, gpu=gpu)
@@ -74,6 +75,7 @@ def run_on_ray(
             except Exception as error:
                 if attempt == config.max_failures or not may_be_mended(error):
                     raise worker_error(error, run_dir) from error
+                _free(run_dir)
     return read_result(run_dir)
 
 
@@ -105,6 +107,20 @@ def _fit(task: TrainingTask, config: TrainingConfig, run_dir: Path, *, gpu: bool
         ),
     )
     trainer.fit()
+
+
+def _free(run_dir: Path) -> None:
+    """Give back what workers of a lost controller have reserved.
+
+    Ray Train leaves that to an actor that asks the dashboard whether the controller lives, and that
+    fails where several Rays run on a machine (Ray 2.60): new workers would wait for ever.
+    """
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    with contextlib.suppress(FileNotFoundError):
+        name = (run_dir / RESERVED).read_text(encoding="utf-8")
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
 
 def may_be_mended(error: Exception) -> bool:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from offsite_ray.results import Record
 
 RECORDS = "records.jsonl"
+RESERVED = "reserved"
+"""File that names the placement group of the workers that started last."""
 """What worker 0 reports, a line each: ``[type, values]``."""
 
 RESULT = "result"
@@ -31,6 +33,7 @@ RESULT = "result"
 
 def worker(given: dict[str, Any]) -> None:
     """Train on one worker of Ray Train; the process group is there already."""
+    import ray
     import torch
     import torch._dynamo  # deepspeed.zero.Init breaks its first import
 
@@ -41,6 +44,9 @@ def worker(given: dict[str, Any]) -> None:
     if not config.use_gpu and not torch.cuda.is_available():
         torch.set_num_threads(given["num_threads"] or own_threads())
     engine = DeepSpeedEngine(task, config)
+    reserved = ray.util.get_current_placement_group()
+    if engine.rank == 0 and reserved is not None:
+        (run_dir / RESERVED).write_text(reserved.id.hex(), encoding="utf-8")
     records = (run_dir / RECORDS).open("a", encoding="utf-8") if engine.rank == 0 else None
     steps: list[StepRecord] = []
 
