@@ -113,6 +113,15 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def real_model(real_data: Path) -> Path:
+    """Return a small model that was pretrained."""
+    directory = real_data / "models" / "fm16"
+    if not directory.is_dir():
+        pytest.skip(f"no real model: {directory} does not exist")
+    return directory
+
+
+@pytest.fixture(scope="session")
 def loop(tmp_path_factory: pytest.TempPathFactory) -> Loop:
     """Return a tiny GPT-2 with bundles and texts; only read."""
     from tests.loops import make_loop

@@ -24,6 +24,13 @@ def small_disk(folder: Path, size: int) -> Iterator[None]:
             # Lazily: a worker of Ray that ends just now may still stand in it.
             subprocess.run(["umount", "-l", str(folder)], check=True)
         return
+    with no_file_larger_than(size):
+        yield
+
+
+@contextlib.contextmanager
+def no_file_larger_than(size: int) -> Iterator[None]:
+    """Let this process write no file of more bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

@@ -6,12 +6,13 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.config import DistillConfig
+from tests.loops import distill_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from offsite_ray.config import DistillConfig
     from offsite_ray.distillation import DistillResult
     from tests.loops import Loop
 
@@ -28,16 +29,7 @@ SHARDED = {"num_workers": 2, "zero_stage": 3}
 
 
 def config(loop: Loop, out: Path, **changes: Any) -> DistillConfig:
-    given: dict[str, Any] = {
-        "model": str(loop.model),
-        "bundle": str(loop.bundle),
-        "data": (str(loop.text),),
-        "out": str(out),
-        "num_workers": 0,
-        **GIVEN,
-        **changes,
-    }
-    return DistillConfig(**given)
+    return distill_config(loop, out, **{**GIVEN, **changes})
 
 
 def weights(out: Path) -> dict[str, bytes]:

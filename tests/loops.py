@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from offsite_ray.config import CompressConfig
+from offsite_ray.config import CompressConfig, DistillConfig
 from offsite_ray.emulator import compress
 from offsite_ray.results import Record, StepRecord
 from tests.tiny_models import save_tiny
@@ -54,6 +54,21 @@ def make_loop(root: Path, family: str = "gpt2", plan: str = "1-2-1") -> Loop:
     loop.text.write_text("".join(sentences))
     loop.rows.write_text("".join(json.dumps({"text": s * 2}) + "\n" for s in sentences))
     return loop
+
+
+def distill_config(loop: Loop, out: Path, **given: Any) -> DistillConfig:
+    """Return the configuration of a distillation in this process, unless workers are given."""
+    fields: dict[str, Any] = {
+        "model": str(loop.model),
+        "bundle": str(loop.bundle),
+        "data": (str(loop.text),),
+        "out": str(out),
+        "num_workers": 0,
+        "batch_size": 4,
+        "seq_len": 32,
+        **given,
+    }
+    return DistillConfig(**fields)
 
 
 def ignore(_: Record) -> None:

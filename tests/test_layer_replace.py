@@ -13,17 +13,16 @@ import pytest
 import torch
 from torch import nn
 
-from offsite_ray.architectures import feed_forward, harmonizer, in_full, linear_layers
+from offsite_ray.architectures import harmonizer, in_full
 from offsite_ray.calibration import replacement
 from offsite_ray.calibration.replacement import (
-    HarmonizerTraining,
     MixedModel,
     draw,
     learn_replacement,
     rewarded,
 )
 from offsite_ray.cli import main
-from offsite_ray.config import CompressConfig, DistillConfig, EvaluateConfig
+from offsite_ray.config import DistillConfig, EvaluateConfig
 from offsite_ray.distillation import distill
 from offsite_ray.emulator import compress, open_bundle
 from offsite_ray.errors import ConfigError, FamilyError, OffsiteError, PlanError, PlugInError
@@ -33,6 +32,7 @@ from offsite_ray.full_model import open_full_model
 from offsite_ray.inspection import inspect_path
 from offsite_ray.training import run_here
 from tests.adapters import make_adapter
+from tests.harmonizers import HOW, MIDDLE, RANK, SIX, config, dead_parts, harmonized, rows
 from tests.loops import ignore
 from tests.stock import blocks_in, logits_of, plug, put_blocks, same_bytes, stock, stored
 from tests.tiny_models import NUM_BLOCKS, save_tiny, tiny_model
@@ -44,32 +44,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tests.loops import Loop
-
-SIX = ("gpt2", "opt", "bloom", "llama", "qwen3", "gemma3_text")
-RANK = 4
-MIDDLE = (1, 2, 3, 4)
-HOW = HarmonizerTraining(rank=RANK, steps=8, seed=0)
-
-
-def rows(count: int = 8, length: int = 16) -> Tensor:
-    return torch.randint(1, 128, (count, length), generator=torch.Generator().manual_seed(1))
-
-
-def config(model: Path, out: Path, text: Path, **given: Any) -> CompressConfig:
-    return CompressConfig(
-        model=str(model),
-        out=str(out),
-        calibration=(str(text),),
-        select="layer_replace",
-        **{
-            "plan": "1-2-1",
-            "calibration_sequences": 6,
-            "calibration_seq_len": 16,
-            "harmonizer_rank": RANK,
-            "harmonizer_steps": 6,
-            **given,
-        },
-    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,29 +63,6 @@ def case(
     model = save_tiny(request.param, root / "model")
     compress(config(model, root / "bundle", loop.text))
     return request.param, model, root / "bundle"
-
-
-def harmonized(bundle: Path) -> list[int]:
-    blocks: list[int] = inspect_path(bundle)["recipe"]["selection"]["harmonizers"]["blocks"]
-    return blocks
-
-
-def dead_parts(block: nn.Module) -> dict[str, Tensor]:
-    """Return what of a harmonizer is zero: linear layers, but the first channels and a bias."""
-    inner = feed_forward(block)
-    assert inner is not None
-    ups, down = inner
-    found = {}
-    layers: dict[str, Any] = linear_layers(block)
-    for path, layer in layers.items():
-        weight = layer.weight.data
-        weight = weight if isinstance(layer, nn.Linear) else weight.T
-        if path in ups:
-            weight = weight[RANK:]
-        elif path == down:
-            weight = weight[:, RANK:]
-        found[path] = weight
-    return found
 
 
 def test_a_score_by_hand() -> None:
@@ -410,10 +361,10 @@ def test_a_little_text_and_few_steps_will_do(tmp_path: Path, count: int, steps: 
 
 
 @pytest.mark.slow
-def test_harmonizers_know_a_real_models_text(real_data: Path, tmp_path: Path) -> None:
-    model, prose = real_data / "models/fm16", real_data / "data/wikitext2"
-    if not model.is_dir():
-        pytest.skip(f"no real model: {model} does not exist")
+def test_harmonizers_know_a_real_models_text(
+    real_data: Path, real_model: Path, tmp_path: Path
+) -> None:
+    model, prose = real_model, real_data / "data/wikitext2"
     (tmp_path / "held-out.txt").write_text((prose / "test.txt").read_text()[:12_000])
     given = {"calibration_seq_len": 128, "harmonizer_rank": 16, "harmonizer_steps": 40}
     learnt = config(model, tmp_path / "learnt", prose / "valid.txt", plan="2-4-2", **given)

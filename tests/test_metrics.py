@@ -9,36 +9,31 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from offsite_ray.config import DistillConfig
 from offsite_ray.distillation import distill
 from offsite_ray.errors import ConfigError, DivergedError, StorageError
 from offsite_ray.results import EvalRecord, Record, RunStart, StepRecord, to_plain
 from offsite_ray.training import run_here
 from offsite_ray.training.metrics import METRICS_FILE, JsonLines, logged
-from tests.loops import Loop, Stopped, ignore, stop_after
+from tests.loops import Loop, Stopped, distill_config, ignore, stop_after
 from tests.tensorboard_events import events, points
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from offsite_ray.config import DistillConfig
+
 
 def config(loop: Loop, tmp_path: Path, **changes: Any) -> DistillConfig:
     given: dict[str, Any] = {
-        "model": str(loop.model),
-        "bundle": str(loop.bundle),
-        "data": (str(loop.text),),
-        "out": str(tmp_path / "out"),
+        "out": tmp_path / "out",
         "max_steps": 6,
         "eval_every": 3,
         "checkpoint_every": 2,
-        "batch_size": 4,
-        "seq_len": 32,
-        "num_workers": 0,
         "log_dir": str(tmp_path / "logs"),
         "peak_tflops": 1.0,
         **changes,
     }
-    return DistillConfig(**given)
+    return distill_config(loop, **given)
 
 
 def run(given: DistillConfig, report: Any = ignore) -> None:

@@ -7,13 +7,11 @@ import contextlib
 import json
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -38,11 +36,9 @@ from tests.adapters import make_adapter
 from tests.checkpoints import small_opt
 from tests.conftest import ROOT
 from tests.damage import join_safetensors, split_safetensors
+from tests.disks import no_file_larger_than
 from tests.stock import CUT, cut, plug, same_bytes, stored
 from tests.tiny_models import save_tiny
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 MIB = 2**20
 
@@ -217,16 +213,6 @@ def test_the_windows_do_not_show_in_what_is_written(
         for name, digest in files[-1].items():
             assert blake3((bundle / name).read_bytes()).hexdigest() == digest
     assert files[0] == files[1]
-
-
-@contextlib.contextmanager
-def no_file_larger_than(size: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_what_the_disk_does_not_take_is_said(tmp_path: Path) -> None:

@@ -21,19 +21,18 @@ MEASURE = "--text held-out.txt --tasks arc_easy --task-limit 24 --seq-len 128"
 @pytest.mark.slow
 def test_the_loop_on_real_text(
     real_data: Path,
+    real_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    if not (real_data / "models/fm16").is_dir():
-        pytest.skip(f"no real model: {real_data}/models/fm16 does not exist")
     monkeypatch.chdir(tmp_path)
     plays = (real_data / "data/shakespeare/input.txt").read_text(encoding="utf-8")
     (tmp_path / "private.txt").write_text(plays[:60_000], encoding="utf-8")
     (tmp_path / "held-out.txt").write_text(plays[-12_000:], encoding="utf-8")
     prose = (real_data / "data/wikitext2/valid.txt").read_text(encoding="utf-8")
     (tmp_path / "public.txt").write_text(prose[:60_000], encoding="utf-8")
-    model = shlex.quote(str(real_data / "models/fm16"))
+    model = shlex.quote(str(real_model))
     arc = shlex.quote(f"arc_easy={real_data / 'data/arc_easy/test.jsonl'}")
 
     def run(line: str) -> Any:

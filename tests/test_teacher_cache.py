@@ -18,7 +18,7 @@ from offsite_ray.emulator import compress, open_bundle
 from offsite_ray.errors import CacheError, ConfigError, StorageError
 from offsite_ray.train import fill_on_ray
 from offsite_ray.training import run_here
-from tests.loops import Loop, ignore
+from tests.loops import Loop, distill_config, ignore
 from tests.tiny_models import save_tiny
 
 if TYPE_CHECKING:
@@ -29,19 +29,7 @@ EVERY_LOSS = {"layerwise_weight": 2.0, "logits_weight": 3.0, "temperature": 2.0}
 
 
 def config(loop: Loop, out: Path, **changes: Any) -> DistillConfig:
-    given: dict[str, Any] = {
-        "model": str(loop.model),
-        "bundle": str(loop.bundle),
-        "data": (str(loop.text),),
-        "out": str(out),
-        "max_steps": 6,
-        "batch_size": 4,
-        "seq_len": 32,
-        "learning_rate": 3e-3,
-        "num_workers": 0,
-        **changes,
-    }
-    return DistillConfig(**given)
+    return distill_config(loop, out, **{"max_steps": 6, "learning_rate": 3e-3, **changes})
 
 
 def run(given: DistillConfig, fill: Any = fill_here) -> DistillResult:

@@ -57,7 +57,7 @@ def choose_blocks(full: FullModel, config: CompressConfig, notice: Notice | None
     asked = False
 
     def select(middle: Sequence[int], num_kept: int) -> Sequence[int]:
-        nonlocal asked
+        nonlocal asked, calibration
         asked = True
         if not method.needs_text:
             return method.choose(middle, num_kept, None)
@@ -66,7 +66,6 @@ def choose_blocks(full: FullModel, config: CompressConfig, notice: Notice | None
                 f"--select {method.name} looks at what the full model does with text; give some "
                 "with --calibration FILE"
             )
-        nonlocal calibration
         calibration = calibrate(full, config, notice)
         recipe["calibration"] = calibration.recipe
         return method.choose(middle, num_kept, calibration)

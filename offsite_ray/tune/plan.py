@@ -185,8 +185,8 @@ def check_settings(settings: Settings) -> None:
 
     compress: Any = settings["compress"]
     finetune: Any = settings["finetune"]
-    CompressConfig(**compress, model="-", out="-")
-    looks_at_text(compress.get("select", "uniform"), compress.get("compress", "none"))
+    given = CompressConfig(**compress, model="-", out="-")
+    looks_at_text(given.select, given.compress)  # which knows their names
     FinetuneConfig(**finetune, bundle="-", data=("-",), out="-")
     method = finetune.get("method", "full")
     if method not in FINETUNING_METHODS:
