@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from offsite_ray.errors import OffsiteError, StorageError
 from offsite_ray.tune.folders import Folders
@@ -92,3 +95,28 @@ def test_settings_that_nothing_came_of_can_be_corrected(loop: Loop, tmp_path: Pa
     job.mkdir(parents=True)  # at work when its sweep was killed
     with pytest.raises(StorageError, match="is a sweep with seq_len=16, not 32"):
         plan(seq_len=32)
+
+
+@pytest.mark.parametrize("changed", ["text.txt", "model"])
+def test_a_sweep_does_not_go_on_with_other_contents_under_the_same_name(
+    loop: Loop, tmp_path: Path, changed: str
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(loop.text.read_bytes())
+    model = tmp_path / "model"
+    shutil.copytree(loop.model, model)
+    out = tmp_path / "out"
+    config = a_config(loop, out, model=str(model), text=(str(text),))
+    plan_sweep(config, out, lambda _: None)
+    (Folders(out).trials / "at-work").mkdir(parents=True)
+    plan_sweep(config, out, lambda _: None)
+    if changed == "model":
+        full = AutoModelForCausalLM.from_pretrained(model)
+        with torch.no_grad():
+            for weight in full.parameters():
+                weight += 0.5
+        full.save_pretrained(model)
+    else:
+        text.write_text("These are not the words that its results were measured on. " * 40)
+    with pytest.raises(StorageError, match=f"other contents of .*{changed}"):
+        plan_sweep(config, out, lambda _: None)

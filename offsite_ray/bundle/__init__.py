@@ -11,7 +11,7 @@ from offsite_ray.bundle.atomic import (
     sync,
     write_json,
 )
-from offsite_ray.bundle.digest import digest_file, new_hasher
+from offsite_ray.bundle.digest import digest_file, digest_plain, new_hasher
 from offsite_ray.bundle.fingerprint import Fingerprint, difference, digests, fingerprint
 from offsite_ray.bundle.manifest import (
     MANIFEST,
@@ -66,6 +66,7 @@ __all__ = [
     "check_parent",
     "difference",
     "digest_file",
+    "digest_plain",
     "digests",
     "fingerprint",
     "lazy_spec",

@@ -3,22 +3,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from offsite_ray.bundle import digest_file, digest_plain, fingerprint, open_weights
 from offsite_ray.config import EvaluateConfig
-from offsite_ray.errors import ConfigError
+from offsite_ray.errors import ConfigError, StorageError
 from offsite_ray.evaluation.settings import open_yardstick
+from offsite_ray.results import to_plain
+from offsite_ray.tune.folders import read_record, write_json
 from offsite_ray.tune.halving import check_proxy
 from offsite_ray.tune.space import Range, may_distil
 from offsite_ray.tune.trial import wants_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
+    from collections.abc import Mapping, Sequence
 
     from transformers.configuration_utils import PretrainedConfig
 
     from offsite_ray.config import SweepConfig
+    from offsite_ray.tune.folders import Folders
     from offsite_ray.tune.space import Variant
 
 _MEASURING = (
@@ -26,6 +31,16 @@ _MEASURING = (
     "batch_size", "dtype",
 )  # fmt: skip
 """Fields of an evaluation that a sweep gives every job."""
+
+
+_FREE_TO_CHANGE = frozenset(
+    {
+        "out", "space", "preset", "search", "num_points", "seeds", "baseline", "objectives",
+        "privacy_weight", "early_stop", "grace_steps", "reduction_factor", "proxy",
+        "max_concurrent", "num_cpus", "num_gpus", "retries", "keep_bundles",
+    }
+)  # fmt: skip
+"""Settings that a sweep that goes on may change: its results stay comparable."""
 
 
 def check_measuring(config: SweepConfig, model: Path, model_config: PretrainedConfig) -> None:
@@ -36,6 +51,45 @@ def check_measuring(config: SweepConfig, model: Path, model_config: PretrainedCo
     """
     measuring = EvaluateConfig(**{name: getattr(config, name) for name in _MEASURING})
     open_yardstick(measuring, model, model_config)
+
+
+def check_same(config: SweepConfig, folders: Folders, model: Path) -> None:
+    """Refuse to go on with a sweep of other settings, another model or other texts.
+
+    Where nothing came of those settings they are replaced, and what was made for them is removed.
+
+    Raises:
+        StorageError: The results would not compare.
+    """
+    plain = to_plain(config) | {"contents": _contents(config, model)}
+    before = read_record(folders.settings)
+    other = None if before is None else _first_other(before, plain)
+    if other is not None and folders.began:
+        raise StorageError(
+            f"{folders.root} is a sweep with {other}; go on with the same, or choose another --out"
+        )
+    if other is not None:
+        folders.clear()
+    write_json(folders.settings, plain)
+
+
+def _first_other(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Return in words the first setting that may not change and did; None if there is none."""
+    for name in sorted(set(now) - _FREE_TO_CHANGE - {"contents"}):
+        if before.get(name) != now[name]:
+            return f"{name}={before.get(name)!r}, not {now[name]!r}"
+    held = before.get("contents", {})
+    changed = (path for path, digest in now["contents"].items() if held.get(path) != digest)
+    return next((f"other contents of {path}" for path in changed), None)
+
+
+def _contents(config: SweepConfig, model: Path) -> dict[str, str]:
+    """Return a digest of the full model and of every text and task that is one local file."""
+    tasks = (entry.partition("=")[2] for entry in config.task_data)
+    sources = {*config.private, *config.public, *config.text, *tasks}
+    files = {source: digest_file(Path(source)) for source in sources if Path(source).is_file()}
+    print_of_model = asdict(fingerprint(model, open_weights(model), {}))
+    return {config.model: digest_plain(print_of_model), **files}
 
 
 def check_space(variants: Sequence[Variant], config: SweepConfig) -> None:

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 from offsite_ray.architectures import load_config, model_directory, resolve_architecture
 from offsite_ray.bundle import check_parent
 from offsite_ray.data import is_prepared, open_prepared, write_blocks
-from offsite_ray.errors import ConfigError, StorageError
-from offsite_ray.results import to_plain
+from offsite_ray.errors import ConfigError
 from offsite_ray.tune.attempts import run_one_by_one
-from offsite_ray.tune.checks import check_measuring, check_space, workers_per_trial
+from offsite_ray.tune.checks import check_measuring, check_same, check_space, workers_per_trial
 from offsite_ray.tune.folders import (
     FAILED,
     FINISHED,
@@ -22,8 +21,6 @@ from offsite_ray.tune.folders import (
     Folders,
     alone,
     once,
-    read_record,
-    write_json,
 )
 from offsite_ray.tune.front import (
     chosen,
@@ -54,15 +51,6 @@ if TYPE_CHECKING:
     from offsite_ray.tune.search import Source
     from offsite_ray.tune.space import Point, Variant
     from offsite_ray.tune.table import Row
-
-_FREE_TO_CHANGE = frozenset(
-    {
-        "out", "space", "preset", "search", "num_points", "seeds", "baseline", "objectives",
-        "privacy_weight", "early_stop", "grace_steps", "reduction_factor", "proxy",
-        "max_concurrent", "num_cpus", "num_gpus", "retries", "keep_bundles",
-    }
-)  # fmt: skip
-"""Settings that a sweep that goes on may change: its results stay comparable."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,7 +170,7 @@ def plan_sweep(config: SweepConfig, root: Path, notice: Notice) -> Sweep:
     check_space(variants, config)
     planner.jobs(grid(variants) if config.search == "grid" else every_value(variants))
     check_measuring(config, model, model_config)
-    _check_same(config, folders)
+    check_same(config, folders, model)
     data = {
         name: _prepared(sources, model, model_config, config, folders.shared / name, notice)
         for name, sources in (("private", config.private), ("public", config.public))
@@ -235,26 +223,6 @@ def _prepared(
         return open_prepared(Path(own[0]).resolve(), model, model_config.vocab_size)
     once(out, lambda path: write_blocks(sources, model, config.seq_len, path, notice))
     return open_prepared(out, model, model_config.vocab_size)
-
-
-def _check_same(config: SweepConfig, folders: Folders) -> None:
-    """Refuse to go on with a sweep of other settings; raise :class:`StorageError`.
-
-    Where nothing came of those settings they are replaced, and what was made for them is removed.
-    """
-    plain = to_plain(config)
-    before = read_record(folders.settings)
-    for name in sorted(set(plain) - _FREE_TO_CHANGE) if before is not None else ():
-        if before is None or before.get(name) == plain[name]:
-            continue
-        if folders.began:
-            raise StorageError(
-                f"{folders.root} is a sweep with {name}={before.get(name)!r}, not {plain[name]!r}; "
-                "go on with the same, or choose another --out"
-            )
-        folders.clear()
-        break
-    write_json(folders.settings, plain)
 
 
 def _run(planned: Sweep, watch: Watch, notice: Notice) -> bool:
