@@ -114,7 +114,7 @@ def test_a_sweep_does_not_go_on_with_other_contents_under_the_same_name(
         full = AutoModelForCausalLM.from_pretrained(model)
         with torch.no_grad():
             for weight in full.parameters():
-                weight += 0.5
+                weight.add_(0.5)
         full.save_pretrained(model)
     else:
         text.write_text("These are not the words that its results were measured on. " * 40)
