@@ -33,6 +33,8 @@ NAMES = {"shakespeare": "Shakespeare", "arc_easy": "ARC-Easy"}
 """Name of a sweep's files to the text that its adapters were fine-tuned on."""
 
 _PLAN = "2-4-2"
+_ADAPTER = "0,1,14,15"
+"""The adapter blocks of that plan in a model of 16."""
 _MIB = 2**20
 
 Row = dict[str, Any]
@@ -160,13 +162,17 @@ def by_label(family: Family, rows: Sequence[Row]) -> dict[str, list[Row]]:
 def _yardsticks(title: str, rows: Sequence[Row]) -> str:
     full = next(row for row in rows if row["role"] == "full")["full_zero_shot_nats"]
     bounds = [r for r in rows if r["role"] == "bound" and r["method"] == "full"]
-    tuned = [r["full_fine_tuned_nats"] for r in rows if r["role"] == "fine_tuned"]
-    adapters = sorted({row["adapter_blocks"] for row in bounds})
-    mine = [row["bound_nats"] for row in bounds if row["adapter_blocks"] == "0,1,14,15"]
-    assert mine, adapters
+    mine = [row for row in bounds if row["adapter_blocks"] == _ADAPTER]
+    rates = {row["learning_rate"] for row in mine}
+    tuned = [
+        row["full_fine_tuned_nats"]
+        for row in rows
+        if row["role"] == "fine_tuned" and row["learning_rate"] in rates
+    ]
     return (
         f"**{title}**, nats per token, mean and standard deviation over seeds: full model "
-        f"{full:.3f}; full fine-tuning {_spread(tuned)}; bound {_spread(mine)}."
+        f"{full:.3f}; full fine-tuning {_spread(tuned)}; bound "
+        f"{_of(mine, 'bound_nats')}."
     )
 
 
@@ -194,7 +200,7 @@ def _table(family: Family, points: Mapping[str, list[Row]]) -> Iterator[str]:
                 f"{100 * _mean(rows, 'bound_share'):.0f}%",
                 _of(rows, "utility_gap", sign="+"),
                 _of(rows, "privacy_gap", sign="+"),
-                f"{statistics.mean(seconds):.1f} s |",
+                f"{statistics.median(seconds):.1f} s |",
             )
         )
 
