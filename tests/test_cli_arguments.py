@@ -13,6 +13,7 @@ from offsite_ray.cli.arguments import Request, help_text, parse
 from offsite_ray.cli.fields import fields_of
 from offsite_ray.cli.verbs import VERBS
 from offsite_ray.errors import ConfigError, OffsiteError, StorageError
+from offsite_ray.selection import SELECTION_METHODS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -227,6 +228,22 @@ def test_a_missing_file_is_named() -> None:
 def test_everything_that_is_missing_is_named() -> None:
     assert refusal("compress", "--plan", "2-2-2").startswith("compress needs --model and --out")
     assert refusal("inspect").startswith("inspect needs PATH")
+
+
+def test_a_file_that_is_for_other_verbs_is_named_as_such(tmp_path: Path) -> None:
+    path = yaml_file(tmp_path, "compress: {plan: 2-2-2}\nfinetune: {max_steps: 1}\n")
+    message = refusal("distill", "--config", path)
+    assert message.endswith("the file has nothing for it, only for compress, finetune")
+    assert refusal("compress", "--config", path).endswith("see 'offsite-ray compress --help'")
+
+
+def test_help_shows_several_defaults_as_they_are_given() -> None:
+    assert "(default: plug_in emulator bytes)" in " ".join(help_text(VERBS["sweep"]).split())
+
+
+def test_help_names_every_selection_method() -> None:
+    text = help_text(VERBS["compress"])
+    assert all(f"'{name}'" in text for name in SELECTION_METHODS if name != "explicit")
 
 
 def test_no_flag_may_be_shortened() -> None:

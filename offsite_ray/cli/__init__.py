@@ -116,7 +116,8 @@ with every verb:
   --json         print the result as one JSON object
   -h, --help     print the verb's flags
 
-offsite-ray --version prints the version. Exit status: 0 done, 2 your mistake, 1 anything else."""
+offsite-ray --version prints the version. Exit status: 0 done, 2 your mistake, 130 stopped
+by Ctrl-C, 1 anything else."""
 
 
 def _wants_traceback() -> bool:

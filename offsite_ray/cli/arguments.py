@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from offsite_ray.cli.fields import fields_of
-from offsite_ray.cli.settings import from_file, from_overrides, override_key
+from offsite_ray.cli.settings import from_file, from_overrides, override_key, sections_of
 from offsite_ray.cli.values import from_flag
 from offsite_ray.errors import ConfigError, unknown_name
 
@@ -77,7 +77,7 @@ def parse(verb: Verb, words: Sequence[str], verbs: Iterable[str]) -> Request:
         values[name] = from_flag(fields[name], value)
     merged = {} if path is None else from_file(path, verb.name, fields, verbs)
     merged |= from_overrides(overrides, verb.name, fields) | values
-    _check_complete(verb, merged)
+    _check_complete(verb, merged, [] if path is None else sections_of(path, verbs))
     return Request(config=verb.config(**merged), json=as_json)
 
 
@@ -115,16 +115,20 @@ def _without_overrides(verb: Verb, words: list[str], overrides: list[str]) -> li
     return [word for word in words if word not in moved]
 
 
-def _check_complete(verb: Verb, values: Mapping[str, Any]) -> None:
+def _check_complete(verb: Verb, values: Mapping[str, Any], sections: Sequence[str]) -> None:
     missing = [
         field.name.upper() if field.name == POSITIONAL else field.flag
         for field in fields_of(verb.config).values()
         if field.required and field.name not in values
     ]
-    if missing:
-        raise ConfigError(
-            f"{verb.name} needs {' and '.join(missing)}; see 'offsite-ray {verb.name} --help'"
-        )
+    if not missing:
+        return
+    of_others = (
+        f"the file has nothing for it, only for {', '.join(sections)}"
+        if sections and verb.name not in sections
+        else f"see 'offsite-ray {verb.name} --help'"
+    )
+    raise ConfigError(f"{verb.name} needs {' and '.join(missing)}; {of_others}")
 
 
 def _parser(verb: Verb) -> argparse.ArgumentParser:
@@ -187,5 +191,7 @@ def _help(field: Field, fields: Mapping[str, Field]) -> str:
         default = field.default
         if isinstance(default, bool):
             default = "on" if default else "off"
+        elif isinstance(default, tuple):
+            default = " ".join(map(str, default))
         text += f" (default: {default})"
     return text.replace("%", "%%")

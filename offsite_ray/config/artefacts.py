@@ -20,7 +20,9 @@ class CompressConfig:
     out: str
     """Directory to write the emulator bundle to."""
     select: str = "uniform"
-    """Selection method for the kept blocks of a plan that only numbers them."""
+    """How the kept blocks of a plan that only numbers them are chosen: 'uniform', 'tail', or with
+    `calibration` 'block_influence', 'angular', 'cka_cluster', 'cka_cluster_shared', 'greedy' or
+    'layer_replace'."""
     calibration: tuple[str, ...] = ()
     """Text or prepared data for a method that looks at what the full model does with it."""
     calibration_sequences: int = 128
