@@ -113,7 +113,7 @@
         add(row, "span", {}, name);
         const axes = strip(add(row, "span"), 24, words(p));
         const [plug_in, emulator] = SETTINGS.map((s) => mean(p[s]));
-        if (lead(p) !== null) {
+        if (![plug_in, emulator, lead(p)].includes(null)) {
           const [xa, xb] = [plug_in, emulator].map(axes.x).sort((a, b) => a - b);
           gap(axes.svg, [xa, 7, 17], [xb, 7, 17], lead(p) >= 0);
         }

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -154,14 +153,12 @@ def compression(
             found.setdefault(line, []).append((x, name))
     lines = {line: sorted(on) for line, on in found.items() if len({x for x, _ in on}) > 1}
     lined = {name for on in lines.values() for _, name in on}
-    of_kind: dict[str, set[str]] = {}
-    for kind, text in itertools.chain.from_iterable(of.items() for of in parts.values()):
-        of_kind.setdefault(kind, set()).add(text)
-    shared = {kind for kind, texts in of_kind.items() if len(texts) == 1}
+    kinds_known = next(iter(parts.values()), {})
+    shared = {kind for kind in kinds_known if len({own[kind] for own in parts.values()}) == 1}
     ranked = sorted(drawn, key=lambda name: _rank(drawn[name]["plug_in"][0], lower=lower))
     plain = [_line(line, on, shared) for line, on in lines.items()]
     return {
-        "lines": sorted(plain, key=lambda line: (line["axis"] != BLOCKS, line["rest"])),
+        "lines": sorted(plain, key=lambda of: (of["axis"] != BLOCKS, of["rest"], of["name"])),
         "rows": _rows({name: parts[name] for name in ranked}, lined, shared),
     }
 
@@ -236,7 +233,13 @@ def _line(line: _Line, on: Sequence[tuple[float, str]], shared: set[str]) -> dic
 def _rows(
     parts: Mapping[str, Mapping[str, str]], lined: Container[str], shared: set[str]
 ) -> list[dict[str, Any]]:
-    """Return the points on no line, those that differ in selection and compression together."""
+    """Return the points on no line, and what they are to be compared with, in groups of the like.
+
+    Args:
+        parts: Of each point, in the order of the rows.
+        lined: The points that are on a line.
+        shared: Kinds of settings that are the same for all points, and are not told.
+    """
     groups: dict[str, list[str]] = {}
     for name, own in parts.items():
         groups.setdefault(_told(own, {"select", "compress"}), []).append(name)
