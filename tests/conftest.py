@@ -17,6 +17,7 @@ from xdist.scheduler import LoadScopeScheduling
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
+    from tests.browser import Browser
     from tests.loops import Loop
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -127,3 +128,12 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Loop:
     from tests.loops import make_loop
 
     return make_loop(tmp_path_factory.mktemp("loop"))
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Give one browser to all tests of pages."""
+    from tests.browser import Browser
+
+    with Browser(tmp_path_factory.mktemp("profile")) as started:
+        yield started

@@ -11,14 +11,14 @@ import pytest
 
 from offsite_ray.config import SweepConfig
 from offsite_ray.tune.front import chosen, front
-from offsite_ray.tune.page import page_data, placement, write_page
-from offsite_ray.tune.table import COLUMNS, summaries
-from tests.browser import Browser
+from offsite_ray.tune.page import page_data, write_page
+from offsite_ray.tune.table import summaries
 from tests.test_sweep_results import a_row
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
+
+    from tests.browser import Browser
 
 CONFIG = SweepConfig(
     model="models/foundation", private=("p",), text=("held-out.txt",), out="o", seeds=3,
@@ -84,12 +84,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with Browser(tmp_path_factory.mktemp("profile")) as started:
-        yield started
-
-
 def test_the_page_asks_nothing_of_the_network(page: Path) -> None:
     source = page.read_text(encoding="utf-8")
     assert not re.search(r"https?:|//[a-z]+\.|@import|url\(|src=|href=", source)
@@ -109,7 +103,9 @@ def test_every_plot_is_drawn(page: Path, browser: Browser) -> None:
     assert all(count > 5 for count in drawn), dict(zip(sections, drawn, strict=True))
     assert browser.run("document.querySelectorAll('#pareto .mark').length") == 18
     assert browser.run("document.querySelectorAll('#parallel .thread').length") == 18
-    assert browser.run("document.querySelectorAll('#compression .gap').length") == 6
+    assert browser.run("document.querySelectorAll('#compression figure').length") == 6
+    assert browser.run("document.querySelectorAll('#compression .gap').length") == 12
+    assert browser.run("document.querySelectorAll('.turned').length") == 0
     assert browser.run("document.querySelectorAll('#points tbody tr').length") == 18
     assert browser.run(INSIDE)
     assert not browser.run("document.body.innerText.match(/NaN|undefined|Infinity|null/)")
@@ -208,60 +204,6 @@ def test_scores_are_higher_where_they_are_better() -> None:
     assert data["points"][0]["plug_in"] == [0.5, None]
 
 
-def distilled(name: str, steps: int, **settings: Any) -> dict[str, Any]:
-    given = {"distill": {"max_steps": steps, **settings}} if steps else {}
-    row = a_point(name, 4, steps, "uniform", 0)
-    return {**row, "settings": json.dumps({"compress": {"plan": "2-4-2"}, **given, "finetune": {}})}
-
-
-def data_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return page_data(CONFIG, rows, summaries(rows), [], None)
-
-
-def test_every_way_to_distil_is_a_line_that_begins_undistilled() -> None:
-    rows = [distilled("none", 0), distilled("plain", 200, batch_size=8),
-            *(distilled(f"w{steps}", steps, batch_size=8, lm_weight=0.0) for steps in (50, 200)),
-            {**distilled("spread", 0), "adapter_blocks": "0,5,10,15"}]  # fmt: skip
-    base = "4 emulator blocks, uniform, 4 adapter blocks"
-    assert dict(data_of(rows)["kinds"]) == {
-        f"{base}, both ends": ["none", "plain"],
-        f"{base}, both ends, distill.lm_weight=0.0": ["none", "w50", "w200"],
-        f"{base}, spread": ["spread"],
-    }
-
-
-def test_what_was_stopped_or_has_no_yardstick_is_on_no_line() -> None:
-    lucky = distilled("lucky", 90)
-    rows = [distilled("whole", 0), {**distilled("unbound", 50), "bound_gap": None}]
-    rows += [lucky, {**lucky, "seed": 1, "status": "stopped"}]
-    data = data_of(rows)
-    assert data["utility"] == "bound_gap"
-    assert [ids for _, ids in data["kinds"]] == [["whole"]]
-    assert [point["stopped"] for point in data["points"]] == [0, 0, 1]
-    assert data_of([{**row, "bound_gap": None} for row in rows])["utility"] == "utility_gap"
-
-
-def test_bounds_and_full_fine_tuning_of_other_settings_are_not_mixed() -> None:
-    def bound(rate: float, blocks: str, **finetune: Any) -> dict[str, Any]:
-        return a_row(f"{rate}{blocks}{finetune}", role="bound", learning_rate=rate, bound_nats=3.0,
-                     adapter_blocks=blocks, num_adapter_blocks=4, num_blocks=16,
-                     settings=json.dumps({"finetune": finetune}))  # fmt: skip
-
-    rows = [distilled("p", 0), bound(1e-5, BOTH), bound(1e-5, TOP)]
-    assert [line["kind"] for line in data_of(rows)["placements"]] == ["both ends", "top"]
-    rows.append(bound(1e-3, BOTH, max_steps=9))
-    assert [line["kind"] for line in data_of(rows)["placements"]] == [
-        "both ends, lr 1e-05", "top, lr 1e-05", "both ends, lr 0.001, finetune.max_steps=9",
-    ]  # fmt: skip
-    rows = [
-        a_row(point, seed, role="fine_tuned", full_fine_tuned_nats=nats)
-        for point, seed, nats in (("good", 0, 3.0), ("good", 1, 3.5), ("bad", 0, 8.0))
-    ]
-    levels = data_of(rows)["yardsticks"]
-    assert levels["full_fine_tuned"] == 3.25
-    assert levels["full_fine_tuned_label"] == "full fine-tuning, best of 2"
-
-
 def test_what_keeps_the_depth_says_so(tmp_path: Path) -> None:
     blocks = {"num_adapter_blocks": 4, "num_emulator_blocks": 4, "num_blocks": 16}
     rows = [a_row(f"{depth}", depth=depth, **blocks) for depth in (16, 8)]
@@ -270,20 +212,3 @@ def test_what_keeps_the_depth_says_so(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count("<small>as deep as the full model</small>") == 1
     assert "2-4-2 (uniform, as cut, as deep as the full model) is chosen" in page
-
-
-@pytest.mark.parametrize(
-    ("blocks", "where"),
-    [
-        ("0,1", "bottom"),
-        ("14,15", "top"),
-        ("0,15", "both ends"),
-        ("5,6", "middle"),
-        ("0,5,15", "spread"),
-        ("0,5", "spread"),
-        (None, "unknown"),
-    ],
-)
-def test_placements_have_names(blocks: str | None, where: str) -> None:
-    row = dict.fromkeys(COLUMNS) | {"adapter_blocks": blocks, "num_blocks": 16}
-    assert placement(row) == where

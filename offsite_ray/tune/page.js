@@ -1,25 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Draws the plots of a sweep from the numbers in its page. Asks the network for nothing.
-"use strict";
 (() => {
+  const { SVG, add, frame, strips, mark, line, level, gap, gaps, legend } = drawing;
   const data = JSON.parse(document.getElementById("data").textContent);
-  const SVG = document.getElementById("blank").namespaceURI;
   const points = data.points;
   const byId = new Map(points.map((point) => [point.id, point]));
   const better = data.lower ? "lower is better" : "higher is better";
   const quality = `${data.unit} (${better})`;
   const DASH = "\u2013";
-
-  // Okabe and Ito's colours, which colour-blind readers tell apart, each with a shape of its own.
-  const INKS = ["var(--blue)", "var(--vermillion)", "var(--green)", "var(--purple)", "var(--orange)"];
-  const SHAPES = [
-    (r) => `M${-r} 0A${r} ${r} 0 1 0 ${r} 0A${r} ${r} 0 1 0 ${-r} 0Z`,
-    (r) => `M${-r} ${-r}H${r}V${r}H${-r}Z`,
-    (r) => `M0 ${-1.2 * r}L${1.2 * r} ${r}H${-1.2 * r}Z`,
-    (r) => `M0 ${-1.4 * r}L${1.4 * r} 0L0 ${1.4 * r}L${-1.4 * r} 0Z`,
-    (r) => `M0 ${1.2 * r}L${1.2 * r} ${-r}H${-1.2 * r}Z`,
-  ];
-  const DASHES = ["", "6 3", "2 3", "8 3 2 3", "1 2"];
 
   const mean = (pair) => (pair === undefined ? null : pair[0]);
   const shown = (value, digits = 3) =>
@@ -40,104 +28,6 @@
       point.method === "full" ? "" : point.method,
       point.learning_rate === null ? "" : `lr ${point.learning_rate}`,
     ].filter(Boolean).join(", ");
-
-  function add(parent, name, attributes = {}, text = null) {
-    const node = parent.namespaceURI === SVG || name === "svg"
-      ? document.createElementNS(SVG, name)
-      : document.createElement(name);
-    for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-    if (text !== null) node.textContent = text;
-    parent.append(node);
-    return node;
-  }
-
-  function ticks(low, high, most) {
-    const raw = (high - low) / Math.max(1, most) || 1;
-    const base = 10 ** Math.floor(Math.log10(raw));
-    const step = [1, 2, 5, 10].map((k) => k * base).find((s) => s >= raw);
-    const found = [];
-    for (let v = Math.ceil(low / step) * step; v <= high + step / 1e6; v += step) found.push(v);
-    return found.map((v) => Number(v.toPrecision(12)));
-  }
-
-  // A frame with axes: `x` and `y` map values to pixels. `fixed` are ticks of a numbered axis.
-  function frame(box, { xs, ys, xLabel, yLabel, height = 270, fixed = null, zero = false }) {
-    box.replaceChildren();
-    const width = Math.max(260, box.clientWidth);
-    const [left, right, top, bottom] = [54, 12, 10, 42];
-    const svg = add(box, "svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img" });
-    svg.setAttribute("aria-label", `${yLabel} over ${xLabel}`);
-    const span = (values) => {
-      const known = values.filter((v) => v !== null && Number.isFinite(v));
-      if (zero && values === ys) known.push(0);
-      const [low, high] = [Math.min(...known), Math.max(...known)];
-      const room = (high - low || Math.abs(high) || 1) * 0.06;
-      return [low - room, high + room];
-    };
-    const [[x0, x1], [y0, y1]] = [span(xs), span(ys)];
-    const x = (v) => left + ((v - x0) / (x1 - x0)) * (width - left - right);
-    const y = (v) => height - bottom - ((v - y0) / (y1 - y0)) * (height - top - bottom);
-    for (const v of ticks(y0, y1, 5)) {
-      const rule = v === 0 && zero ? "rule strong" : "rule";
-      add(svg, "path", { d: `M${left} ${y(v)}H${width - right}`, class: rule });
-      add(svg, "text", { x: left - 6, y: y(v) + 4, class: "tick end" }, String(v).replace("-", "\u2212"));
-    }
-    const along = (fixed || ticks(x0, x1, width < 420 ? 4 : 7)).filter((v) => v >= x0 && v <= x1);
-    for (const v of along) {
-      add(svg, "text", { x: x(v), y: height - bottom + 16, class: "tick middle" },
-        String(v).replace("-", "\u2212"));
-    }
-    add(svg, "text", { x: (left + width - right) / 2, y: height - 6, class: "axis middle" }, xLabel);
-    add(svg, "text", {
-      transform: `translate(12 ${(top + height - bottom) / 2}) rotate(-90)`, class: "axis middle",
-    }, yLabel);
-    return { svg, x, y, left, right: width - right };
-  }
-
-  function mark(axes, point, x, y, series, { r = 5, hollow = false, title } = {}) {
-    const attributes = {
-      d: SHAPES[series % 5](r),
-      transform: `translate(${axes.x(x)} ${axes.y(y)})`,
-      class: `mark${hollow ? " hollow" : ""}${point && point.id === data.winner ? " winner" : ""}`,
-      style: `--ink: ${INKS[series % 5]}`,
-    };
-    if (point) attributes["data-id"] = point.id;
-    const node = add(axes.svg, "path", attributes);
-    add(node, "title", {}, title || words(point));
-    return node;
-  }
-
-  function line(axes, coordinates, series, extra = {}) {
-    const known = coordinates.filter(([, y]) => y !== null);
-    if (known.length < 2) return;
-    const d = known.map(([x, y], i) => `${i ? "L" : "M"}${axes.x(x)} ${axes.y(y)}`).join("");
-    add(axes.svg, "path", {
-      d, class: "line", style: `--ink: ${INKS[series % 5]}`, "stroke-dasharray": DASHES[series % 5], ...extra,
-    });
-  }
-
-  function level(axes, value, label) {
-    if (value === null || value === undefined) return;
-    add(axes.svg, "path", { d: `M${axes.left} ${axes.y(value)}H${axes.right}`, class: "level" });
-    add(axes.svg, "text", { x: axes.right - 2, y: axes.y(value) - 4, class: "tick end" }, label);
-  }
-
-  function legend(box, names, filled = []) {
-    const list = add(box, "p", { class: "legend" });
-    names.forEach((name, series) => {
-      const item = add(list, "span");
-      const svg = add(item, "svg", { viewBox: "-13 -6 26 12", width: 26, height: 12, "aria-hidden": "true" });
-      add(svg, "path", { d: "M-13 0H13", class: "line", style: `--ink: ${INKS[series % 5]}`,
-        "stroke-dasharray": DASHES[series % 5] });
-      add(svg, "path", { d: SHAPES[series % 5](4), class: "mark", style: `--ink: ${INKS[series % 5]}` });
-      item.append(` ${name}`);
-    });
-    for (const name of filled) {
-      const item = add(list, "span");
-      add(item, "i", { class: "shade" });
-      item.append(` ${name}`);
-    }
-  }
 
   const groups = (items, key) => {
     const found = new Map();
@@ -161,7 +51,7 @@
       const sorted = [...members].sort((a, b) => a.adapter_blocks - b.adapter_blocks);
       line(axes, sorted.map((p) => [p.adapter_blocks, p.value]), series);
       for (const p of sorted) {
-        mark(axes, null, p.adapter_blocks, p.value, series, {
+        mark(axes, p.adapter_blocks, p.value, series, {
           title: `${p.kind}, blocks ${p.blocks}: ${shown(p.value)}`,
         });
       }
@@ -170,54 +60,77 @@
     return true;
   }
 
-  // Number that a compression is told by (prune:0.5), else how much of the model is shipped.
-  function strength(point) {
-    if (point.compress === "none") return [point.emulator_blocks, "emulator blocks"];
-    const number = /:([\d.]+)$/.exec(point.compress);
-    if (number) return [Number(number[1]), point.compress.split(":")[0]];
-    return [point.share === null ? null : 100 * point.share, "percent of the full model shipped"];
+  const SETTINGS = ["plug_in", "emulator_fine_tuned", "bound"];
+  const NAMES = ["plug-in", "emulator, fine-tuned", "bound"];
+  const lead = (point) => mean(point.privacy_gap);
+  const dot = (axes, p, x, y, series, extra = {}) =>
+    mark(axes, x, y, series, { id: p.id, winner: p.id === data.winner, title: words(p), ...extra });
+
+  // Says what the areas of a plot are, of those that it has.
+  function areas(known) {
+    const found = [];
+    if (known.some((p) => lead(p) > 0)) found.push(["privacy gap", true]);
+    if (known.some((p) => lead(p) < 0)) found.push(["emulator ahead: nothing protected", false]);
+    return found;
+  }
+
+  function panel(figure, series) {
+    const caption = add(figure, "figcaption", {}, series.name);
+    if (series.rest) add(caption, "small", {}, series.rest);
+    const on = series.points.map(([x, id]) => [x, byId.get(id)]);
+    const of = (setting) => on.map(([x, p]) => [x, mean(p[setting])]);
+    const axes = frame(add(figure, "div"), {
+      xs: on.map(([x]) => x), xLabel: series.axis, yLabel: quality, log: series.log,
+      ys: [...SETTINGS.flatMap((s) => of(s).map(([, v]) => v)), levels.full_zero_shot],
+      fixed: [...new Set(on.map(([x]) => x))],
+    });
+    gaps(axes, on.map(([x, p]) => [x, mean(p.plug_in), mean(p.emulator_fine_tuned), lead(p)]));
+    level(axes, levels.full_zero_shot, "full model as it is");
+    SETTINGS.forEach((setting, i) => {
+      line(axes, of(setting), i);
+      for (const [x, p] of on) if (mean(p[setting]) !== null) dot(axes, p, x, mean(p[setting]), i);
+    });
+    legend(figure, NAMES, areas(on.map(([, p]) => p)));
+  }
+
+  // Emulators that no number puts on an axis, one below the other.
+  function list(figure, groups) {
+    const all = groups.flatMap((group) => group.rows.map(([, id]) => byId.get(id)));
+    add(add(figure, "figcaption", {}, "Side by side"), "small", {},
+      `${all.length} emulators, each group alike but for selection and compression; the best plug-in first`);
+    const box = add(figure, "div", { class: "rows", tabindex: 0 });
+    const head = add(box, "div", { class: "row head" });
+    add(head, "span");
+    const cell = add(head, "span");
+    const values = all.flatMap((p) => SETTINGS.map((s) => mean(p[s])));
+    const { strip, scale } = strips(Math.max(240, cell.clientWidth), values);
+    scale(cell, quality);
+    for (const group of groups) {
+      if (group.name) add(box, "p", { class: "group" }, group.name);
+      for (const [name, id] of group.rows) {
+        const p = byId.get(id);
+        const row = add(box, "div", { class: "row", "data-id": id });
+        add(row, "span", {}, name);
+        const axes = strip(add(row, "span"), 24, words(p));
+        const [plug_in, emulator] = SETTINGS.map((s) => mean(p[s]));
+        if (![plug_in, emulator, lead(p)].includes(null)) {
+          const [xa, xb] = [plug_in, emulator].map(axes.x).sort((a, b) => a - b);
+          gap(axes.svg, [xa, 7, 17], [xb, 7, 17], lead(p) >= 0);
+        }
+        SETTINGS.forEach((s, i) => mean(p[s]) !== null && dot(axes, p, mean(p[s]), 12, i));
+      }
+    }
+    legend(figure, NAMES, areas(all));
   }
 
   function compression(box) {
-    const named = groups(points, (p) => [
-      p.compress === "none" ? `${p.select} drop` : p.compress.split(":")[0],
-      p.compress === "none" ? "" : `${p.emulator_blocks} emulator blocks`,
-      p.steps ? `${p.steps} steps` : "", p.method === "full" ? "" : p.method,
-      `${p.placement}, ${p.adapter_blocks} adapter blocks`,
-      p.learning_rate === null ? "" : `lr ${p.learning_rate}`, p.other,
-    ].filter(Boolean).join(", "));
-    const panels = [...named].filter(([, members]) =>
-      new Set(members.map((p) => strength(p)[0])).size > 1).slice(0, 12);
+    const { lines, rows } = data.compression;
     box.replaceChildren();
     // All at once, because the width of each depends on how many there are.
-    const figures = panels.map(() => add(box, "figure"));
-    panels.forEach(([name, members], place) => {
-      const figure = figures[place];
-      add(figure, "figcaption", {}, name);
-      const inner = add(figure, "div");
-      const sorted = [...members].sort((a, b) => strength(a)[0] - strength(b)[0]);
-      const of = (setting) => sorted.map((p) => [strength(p)[0], mean(p[setting])]);
-      const series = ["plug_in", "emulator_fine_tuned", "bound"];
-      const axes = frame(inner, {
-        xs: sorted.map((p) => strength(p)[0]), xLabel: strength(sorted[0])[1], yLabel: quality,
-        ys: [...series.flatMap((s) => of(s).map(([, v]) => v)), levels.full_zero_shot],
-        fixed: [...new Set(sorted.map((p) => strength(p)[0]))],
-      });
-      const both = sorted.filter((p) => mean(p.plug_in) !== null && mean(p.emulator_fine_tuned) !== null);
-      const at = (setting) => (p) => `${axes.x(strength(p)[0])} ${axes.y(mean(p[setting]))}`;
-      if (both.length > 1) {
-        const there = both.map(at("plug_in"));
-        const back = [...both].reverse().map(at("emulator_fine_tuned"));
-        add(axes.svg, "path", { d: `M${[...there, ...back].join("L")}Z`, class: "gap" });
-      }
-      level(axes, levels.full_zero_shot, "full model as it is");
-      series.forEach((setting, i) => {
-        line(axes, of(setting), i);
-        for (const p of sorted) if (mean(p[setting]) !== null) mark(axes, p, strength(p)[0], mean(p[setting]), i);
-      });
-      legend(figure, ["plug-in", "emulator, fine-tuned", "bound"], ["privacy gap"]);
-    });
-    return panels.length > 0;
+    const figures = lines.map(() => add(box, "figure"));
+    lines.forEach((series, i) => panel(figures[i], series));
+    if (rows.length) list(add(box, "figure", { class: "whole" }), rows);
+    return lines.length + rows.length > 0;
   }
 
   const worth = (point, weight) => {
@@ -229,7 +142,7 @@
     const kinds = new Map(data.kinds.map(([name, ids]) => [name, ids.map((id) => byId.get(id))]));
     const rated = [...new Set([...kinds.values()].flat())];
     if (!rated.length) return false;
-    const gaps = [data.utility, "privacy_gap"];
+    const both = [data.utility, "privacy_gap"];
     const yardstick = data.utility === "bound_gap" ? "the bound" : "full fine-tuning";
     const [slider, choice, said] = ["weight", "kind", "chosen"].map((id) => document.getElementById(id));
     const best = (weight) => rated.reduce((a, b) => (worth(b, weight) > worth(a, weight) ? b : a));
@@ -253,17 +166,18 @@
       const of = (gap) => sorted.map((p) => [p.steps, mean(p[gap])]);
       const axes = frame(box, {
         xs: sorted.map((p) => p.steps), xLabel: "steps of distillation", yLabel: data.unit, zero: true,
-        ys: gaps.flatMap((gap) => of(gap).map(([, v]) => v)),
+        ys: both.flatMap((gap) => of(gap).map(([, v]) => v)),
         fixed: [...new Set(sorted.map((p) => p.steps))],
       });
       if (sorted.includes(point)) {
         add(axes.svg, "path", { d: `M${axes.x(point.steps)} 10V228`, class: "level chosen" });
       }
-      gaps.forEach((gap, i) => {
+      gaps(axes, sorted.map((p) => [p.steps, lead(p), 0, lead(p)]));
+      both.forEach((gap, i) => {
         line(axes, of(gap), i);
-        for (const p of sorted) if (mean(p[gap]) !== null) mark(axes, p, p.steps, mean(p[gap]), i);
+        for (const p of sorted) if (mean(p[gap]) !== null) dot(axes, p, p.steps, mean(p[gap]), i);
       });
-      legend(box, [`utility gap: ${yardstick} ahead of plug-in`, "privacy gap: plug-in ahead of emulator"]);
+      legend(box, [`utility gap: ${yardstick} ahead of plug-in`, "plug-in ahead of emulator"], areas(sorted));
     }
     draw();
     return true;
@@ -278,7 +192,7 @@
     });
     const most = Math.max(...known.map((p) => p.bytes || 0), 1);
     for (const p of [...known].sort((a, b) => a.front - b.front)) {
-      const node = mark(axes, p, mean(p.emulator_fine_tuned), mean(p.plug_in), p.front ? 1 : 0, {
+      const node = dot(axes, p, mean(p.emulator_fine_tuned), mean(p.plug_in), p.front ? 1 : 0, {
         r: 3.5 + 4 * Math.sqrt((p.bytes || 0) / most), hollow: !p.front,
       });
       node.setAttribute("tabindex", "0");
@@ -290,7 +204,6 @@
   }
 
   function parallel(box) {
-    if (points.length < 2) return false;
     const axes = [
       ["adapter blocks", (p) => p.adapter_blocks], ["emulator blocks", (p) => p.emulator_blocks],
       ["selection", (p) => p.select], ["compression", (p) => p.compress], ["steps", (p) => p.steps],
@@ -298,21 +211,27 @@
       ["plug-in", (p) => mean(p.plug_in)], ["gap to bound", (p) => mean(p.bound_gap)],
       ["privacy gap", (p) => mean(p.privacy_gap)], ["MiB shipped", (p) => p.bytes && p.bytes / 2 ** 20],
     ].filter(([, of]) => new Set(points.map(of)).size > 1);
-    box.replaceChildren();
-    const width = Math.max(box.clientWidth, axes.length * 96);
-    const [height, top, bottom] = [300, 42, 22];
-    const svg = add(box, "svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img",
-      "aria-label": "every emulator as a line over its settings and results" });
-    const place = (i) => 48 + (i * (width - 96)) / Math.max(1, axes.length - 1);
+    if (!axes.length) return false;
     const scales = axes.map(([, of]) => {
       const values = points.map(of).filter((v) => v !== null);
       if (values.some((v) => typeof v === "string")) {
         const names = [...new Set(values)].sort();
-        return { at: (v) => (names.length > 1 ? names.indexOf(v) / (names.length - 1) : 0.5), names };
+        // Words stand to the right of their axis and take room there.
+        const room = Math.max(86, 22 + 6.4 * Math.max(...names.map((name) => name.length)));
+        return { at: (v) => (names.length > 1 ? names.indexOf(v) / (names.length - 1) : 0.5), names, room };
       }
       const [low, high] = [Math.min(...values), Math.max(...values)];
-      return { at: (v) => (v - low) / (high - low || 1), ends: [low, high] };
+      return { at: (v) => (v - low) / (high - low || 1), ends: [low, high], room: 86 };
     });
+    const starts = scales.map((_, i) => scales.slice(0, i).reduce((sum, { room }) => sum + room, 0));
+    const last = starts.at(-1) + scales.at(-1).room - 86;
+    box.replaceChildren();
+    const width = Math.max(box.clientWidth, last + 96);
+    const most = Math.max(...scales.map(({ names }) => (names ? names.length : 0)));
+    const [height, top, bottom] = [Math.max(300, 64 + 17 * most), 42, 22];
+    const svg = add(box, "svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img",
+      "aria-label": "every emulator as a line over its settings and results" });
+    const place = (i) => 48 + (starts[i] * (width - 96)) / Math.max(1, last);
     const y = (share) => height - bottom - share * (height - top - bottom);
     for (const p of [...points].sort((a, b) => a.front - b.front)) {
       const d = axes.map(([, of], i) => (of(p) === null ? null : `${place(i)} ${y(scales[i].at(of(p)))}`))
@@ -328,9 +247,9 @@
       const told = names ? names.map((n) => [n, scales[i].at(n)])
         : [[String(Number(ends[0].toPrecision(4))), 0], [String(Number(ends[1].toPrecision(4))), 1]];
       for (const [text, share] of told) {
-        const dy = share === 0 ? 15 : share === 1 ? -6 : 4;
-        add(svg, "text", { x: place(i) + (dy === 4 ? 6 : 0), y: y(share) + dy,
-          class: `tick ${dy === 4 ? "" : "middle"}` }, text.slice(0, 16));
+        const dy = names ? 4 : share === 0 ? 15 : -6;
+        add(svg, "text", { x: place(i) + (names ? 6 : 0), y: y(share) + dy,
+          class: `tick ${names ? "" : "middle"}` }, text);
       }
     });
     return true;

@@ -7,7 +7,6 @@ privacy can be moved together. Without a script the page still has its table.
 
 from __future__ import annotations
 
-import itertools
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from offsite_ray.tune.folders import FAILED
 from offsite_ray.tune.front import OBJECTIVES, yardstick
 from offsite_ray.tune.plan import Job
 from offsite_ray.tune.recipe import label_of
+from offsite_ray.tune.series import compression, kinds, placements
 from offsite_ray.tune.space import STAGES
 from offsite_ray.tune.table import GAPS, Row, Summary, quality
 
@@ -58,7 +58,7 @@ def write_page(
         sentence=sentence(winner, points, config),
         data=data,
         embedded=embedded,
-        script=Markup(_file("page.js")),
+        script=Markup(_file("drawing.js") + _file("page.js")),
         failures=[row for row in rows if row["status"] == FAILED],
         facts=_facts(config, rows, points),
     )
@@ -79,9 +79,10 @@ def page_data(
     nats = any(row["plug_in_nats"] is not None for row in rows)
     front = {point.point for point in best}
     utility, others = yardstick(points), other_settings([point.row for point in points])
+    where = placements(rows)
     tuned, num_tuned = _best_of(rows, "fine_tuned", "full_fine_tuned")
     drawn = [
-        _point(point, other, nats=nats, on_front=point.point in front)
+        _point(point, other, where, nats=nats, on_front=point.point in front)
         for point, other in zip(points, others, strict=True)
     ]
     return {
@@ -94,7 +95,8 @@ def page_data(
         "points": drawn,
         "utility": utility,
         "kinds": list(kinds(drawn, utility).items()),
-        "placements": _placements(rows, nats=nats),
+        "compression": compression(drawn, lower=nats),
+        "placements": _placements(rows, where, nats=nats),
         "yardsticks": {
             "full_zero_shot": _best_of(rows, "full", "full_zero_shot")[0],
             "full_fine_tuned": tuned,
@@ -129,7 +131,12 @@ def _told(name: str, mean: float | None, spread: float | None) -> str:
 
 
 def _point(
-    point: Summary, other: Mapping[str, Sequence[str]], *, nats: bool, on_front: bool
+    point: Summary,
+    other: Mapping[str, Sequence[str]],
+    where: Mapping[str | None, str],
+    *,
+    nats: bool,
+    on_front: bool,
 ) -> dict[str, Any]:
     row = point.row
     unit = "nats" if nats else "score"
@@ -146,7 +153,7 @@ def _point(
         "control": row["control"],
         "learning_rate": row["learning_rate"],
         "steps": row["distill_steps"] or 0,
-        "placement": placement(row),
+        "placement": where[row["adapter_blocks"]],
         "adapter_blocks": row["num_adapter_blocks"],
         "emulator_blocks": row["num_emulator_blocks"],
         "deep": DEEP if _is_as_deep(row) else "",
@@ -204,60 +211,9 @@ def _parts(row: Mapping[str, Any]) -> dict[str, list[str]]:
     }
 
 
-def kinds(points: Sequence[Mapping[str, Any]], utility_gap: str) -> dict[str, list[str]]:
-    """Return what is one line over the steps of distillation: its name to the ids of its points.
-
-    An emulator that is not distilled begins the line of every way to distil it.
-    """
-    bases: dict[str, list[Mapping[str, Any]]] = {}
-    for point in points:
-        known = point[utility_gap][0] is not None and point["privacy_gap"][0] is not None
-        if known and not point["stopped"]:
-            bases.setdefault(_base(point), []).append(point)
-    found: dict[str, list[str]] = {}
-    for base, members in bases.items():
-        start = [point["id"] for point in members if not point["steps"]]
-        ways: dict[str, list[str]] = {}
-        for point in members:
-            if point["steps"]:
-                way = ", ".join(point["others"].get("distill", ()))
-                ways.setdefault(way, []).append(point["id"])
-        for way, distilled in (ways or {"": []}).items():
-            found[", ".join(filter(None, (base, way)))] = [*start, *distilled]
-    return found
-
-
-def _base(point: Mapping[str, Any]) -> str:
-    """Return what an emulator is but for its distillation, in words."""
-    rate, others = point["learning_rate"], point["others"]
-    parts = (
-        f"{point['emulator_blocks']} emulator blocks",
-        point["plan"] if point["select"] == "explicit" else point["select"],
-        "" if point["compress"] == "none" else point["compress"],
-        point["deep"],
-        f"{point['adapter_blocks']} adapter blocks",
-        point["placement"],
-        "" if point["method"] == "full" else point["method"],
-        "" if rate is None else f"lr {rate:g}",
-        *others.get("compress", ()),
-        *others.get("finetune", ()),
-    )
-    return ", ".join(filter(None, parts))
-
-
-def placement(row: Mapping[str, Any]) -> str:
-    """Return where the adapter blocks are: bottom, top, both ends, or spread over the depth."""
-    if not row["adapter_blocks"]:
-        return "unknown"
-    indices = [int(index) for index in row["adapter_blocks"].split(",")]
-    gaps = sum(b - a > 1 for a, b in itertools.pairwise(indices))
-    bottom, top = indices[0] == 0, indices[-1] == row["num_blocks"] - 1
-    if gaps == 0:
-        return "bottom" if bottom else "top" if top else "middle"
-    return "both ends" if gaps == 1 and bottom and top else "spread"
-
-
-def _placements(rows: Iterable[Row], *, nats: bool) -> list[dict[str, Any]]:
+def _placements(
+    rows: Iterable[Row], where: Mapping[str | None, str], *, nats: bool
+) -> list[dict[str, Any]]:
     """Return the bound of every placement, mean over its seeds: Figure 3 of the paper."""
     unit = "nats" if nats else "score"
     groups: dict[str, list[Row]] = {}
@@ -268,7 +224,7 @@ def _placements(rows: Iterable[Row], *, nats: bool) -> list[dict[str, Any]]:
     rates = {row["learning_rate"] for row in firsts}
     return [
         {
-            "kind": _placed(row, other, several_rates=len(rates) > 1),
+            "kind": _placed(row, other, where, several_rates=len(rates) > 1),
             "adapter_blocks": row["num_adapter_blocks"],
             "blocks": row["adapter_blocks"],
             "value": sum(row[f"bound_{unit}"] for row in found) / len(found),
@@ -277,10 +233,16 @@ def _placements(rows: Iterable[Row], *, nats: bool) -> list[dict[str, Any]]:
     ]
 
 
-def _placed(row: Row, other: Mapping[str, Sequence[str]], *, several_rates: bool) -> str:
+def _placed(
+    row: Row,
+    other: Mapping[str, Sequence[str]],
+    where: Mapping[str | None, str],
+    *,
+    several_rates: bool,
+) -> str:
     """Return what the bounds of one line have in common, in words."""
     parts = (
-        placement(row),
+        where[row["adapter_blocks"]],
         "" if row["method"] == "full" else row["method"],
         f"lr {row['learning_rate']:g}" if several_rates and row["learning_rate"] else "",
         *other.get("finetune", ()),
