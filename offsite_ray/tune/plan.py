@@ -98,9 +98,7 @@ class Planner:
                 known = found.setdefault(job.id, job)
                 if known.control is None and job.control is not None:
                     found[job.id] = job
-        ordered = sorted(found.values(), key=lambda job: (_ORDER.index(job.role), job.seed))
-        yardsticks = [job for job in ordered if job.role != "emulator"]
-        return yardsticks + [job for job in ordered if job.role == "emulator"]
+        return sorted(found.values(), key=lambda job: (_ORDER.index(job.role), job.seed))
 
     def _of_point(self, point: Point) -> list[Job]:
         settings = self._settings(point)
