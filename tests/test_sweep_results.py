@@ -76,15 +76,18 @@ def test_what_was_not_measured_is_on_no_front() -> None:
     assert chosen(summaries(rows), OBJECTIVES, 0.5) is None
 
 
-def test_the_lucky_seeds_of_a_point_compete_for_nothing() -> None:
+@pytest.mark.parametrize("status", ["stopped", "failed"])
+def test_the_lucky_seeds_of_a_point_compete_for_nothing(status: str) -> None:
     measured = {"emulator_fine_tuned_nats": 3.0, "bound_gap": 0.1, "privacy_gap": 0.9}
     rows = [
         a_row("lucky", 0, plug_in_nats=1.0, **measured),
-        a_row("lucky", 1, status="stopped"),
+        a_row("lucky", 1, status=status),
         *(a_row("whole", seed, plug_in_nats=2.0, **measured) for seed in (0, 1)),
     ]
     found = summaries(rows)
-    assert [point.num_stopped for point in found] == [1, 0]
+    num = {"stopped": (1, 0), "failed": (0, 1)}[status]
+    assert [(point.num_stopped, point.num_failed) for point in found] == [num, (0, 0)]
+    assert [point.competes for point in found] == [False, True]
     assert names(front(found, OBJECTIVES)) == names(front(found, ["plug_in"])) == {"whole"}
     best = most_worth(how_much_to_distil(found, 0.5))
     assert best is not None

@@ -155,6 +155,8 @@ def _point(
         "seconds": point.mean["seconds"],
         "seeds": len(point.seeds),
         "stopped": point.num_stopped,
+        "failed": point.num_failed,
+        "competes": point.competes,
         "front": on_front,
         "other": ", ".join(part for parts in other.values() for part in parts),
         "others": dict(other),
@@ -212,7 +214,7 @@ def kinds(points: Sequence[Mapping[str, Any]], utility_gap: str) -> dict[str, li
     bases: dict[str, list[Mapping[str, Any]]] = {}
     for point in points:
         known = point[utility_gap][0] is not None and point["privacy_gap"][0] is not None
-        if known and not point["stopped"]:
+        if known and point["competes"]:
             bases.setdefault(_base(point), []).append(point)
     found: dict[str, list[str]] = {}
     for base, members in bases.items():

@@ -20,7 +20,7 @@ from offsite_ray.bundle import atomic_file
 from offsite_ray.evaluation.gaps import mean_score
 from offsite_ray.results import SETTINGS
 from offsite_ray.selection import SELECTION_METHODS
-from offsite_ray.tune.folders import FINISHED, STOPPED, Record
+from offsite_ray.tune.folders import FAILED, FINISHED, STOPPED, Record
 from offsite_ray.tune.plan import Job
 
 if TYPE_CHECKING:
@@ -93,8 +93,16 @@ class Summary:
     spread: Mapping[str, float | None]
     """Column to its standard deviation (of a sample); None for one seed."""
     num_stopped: int
-    """Seeds that were stopped early. The mean of the others is that of the lucky ones, so a point
-    with any is in the table and competes for nothing."""
+    """Seeds that were stopped early."""
+    num_failed: int
+
+    @property
+    def competes(self) -> bool:
+        """Whether the point can be on the front and win.
+
+        Where seeds were stopped or failed, the mean of the others is that of the lucky ones.
+        """
+        return not (self.num_stopped or self.num_failed)
 
 
 def rows_of(records: Iterable[Record], planner: Planner) -> list[Row]:
@@ -116,15 +124,15 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
 def summaries(rows: Iterable[Row]) -> list[Summary]:
     """Return the finished emulators by point, in the order in which they come."""
     points: dict[str, list[Row]] = {}
-    stopped: Counter[str] = Counter()
+    ends: Counter[tuple[str, str]] = Counter()
     for row in rows:
         if row["role"] == "emulator" and row["status"] == FINISHED:
             points.setdefault(row["point"], []).append(row)
-        stopped[row["point"]] += row["status"] == STOPPED
-    return [_summary(point, found, stopped[point]) for point, found in points.items()]
+        ends[row["point"], row["status"]] += 1
+    return [_summary(point, found, ends) for point, found in points.items()]
 
 
-def _summary(point: str, rows: list[Row], num_stopped: int) -> Summary:
+def _summary(point: str, rows: list[Row], ends: Mapping[tuple[str, str], int]) -> Summary:
     mean: dict[str, float | None] = {}
     spread: dict[str, float | None] = {}
     for name, kind in COLUMNS.items():
@@ -138,7 +146,13 @@ def _summary(point: str, rows: list[Row], num_stopped: int) -> Summary:
     rows = sorted(rows, key=lambda row: int(row["seed"]))
     seeds = tuple(int(row["seed"]) for row in rows)
     return Summary(
-        point=point, row=rows[0], seeds=seeds, mean=mean, spread=spread, num_stopped=num_stopped
+        point=point,
+        row=rows[0],
+        seeds=seeds,
+        mean=mean,
+        spread=spread,
+        num_stopped=ends[point, STOPPED],
+        num_failed=ends[point, FAILED],
     )
 
 
