@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from offsite_ray.finetuning import FINETUNING_METHODS
+from offsite_ray.tune.run import plan_sweep
 from tests.questions import own_task
 from tests.sweeps import a_config, run, table
 
@@ -41,9 +42,21 @@ def test_a_preset_runs_with_tasks_for_its_score(loop: Loop, tmp_path: Path) -> N
 def test_a_preset_runs_to_its_page(loop: Loop, tmp_path: Path, name: Preset) -> None:
     small = {"max_steps": 1, "batch_size": 2}
     given = {"finetune": small} | ({"distill": small} if name == "table4" else {})
-    result, _ = run(a_config(loop, tmp_path / "out", preset=name, space=given))
+    config = a_config(loop, tmp_path / "out", preset=name, space=given)
+    result, seen = run(config)
     assert result.num_failed == 0
     own = [row for row in table(result) if row["role"] == "emulator"]
+    points = plan_sweep(config, tmp_path / "out", lambda _: None).points()
+    assert {row["plan"] for row in own} >= {str(point["compress.plan"]) for point in points}
+    for row in own:
+        if row["id"] not in seen.begun:
+            assert row["num_adapter_blocks"] + row["num_emulator_blocks"] == row["num_blocks"]
+            assert (row["bound_gap"], row["privacy_gap"], row["compress"]) == (0, 0, "none")
+            assert (row["plug_in_nats"], row["seconds"]) == (row["bound_nats"], None)
+            assert row["emulator_zero_shot_nats"] == row["full_zero_shot_nats"]
+    num_run = sum(row["id"] in seen.begun for row in own)
+    assert len(own) - num_run == {"figure3": len(own), "figure4": 1, "table4": 0}[name]
+    assert (result.winner is None) is (name == "figure3")
     assert len(own) >= 3
     assert all(row["privacy_gap"] is not None for row in own if row["bound_nats"] is not None)
     assert Path(result.report).stat().st_size > 10_000

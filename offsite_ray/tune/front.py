@@ -148,7 +148,7 @@ class Distilled:
     """To the bound."""
     privacy_gap: float | None
     worth: float | None
-    """For the privacy weight of the sweep; None where a gap is not known, or it does not compete."""
+    """For the privacy weight of the sweep; None where a gap is unknown, or it does not compete."""
 
 
 def how_much_to_distil(points: Sequence[Summary], privacy_weight: float) -> list[Distilled]:

@@ -33,9 +33,9 @@ from offsite_ray.tune.halving import Halving
 from offsite_ray.tune.plan import Planner
 from offsite_ray.tune.presets import PRESETS
 from offsite_ray.tune.recipe import PrunedToo, prune_bundles, write_winner
-from offsite_ray.tune.search import Listed, Suggested
+from offsite_ray.tune.search import Listed, Suggested, asked_points
 from offsite_ray.tune.space import draw, every_value, grid, parse_space, stage_fields
-from offsite_ray.tune.table import rows_of, summaries, write_table
+from offsite_ray.tune.table import records_of_bounds, rows_of, summaries, write_table
 from offsite_ray.tune.tensorboard import TensorBoardToo
 from offsite_ray.tune.trial import Shared
 
@@ -96,11 +96,13 @@ class Sweep:
     shared: Shared
 
     def jobs(self) -> list[Job]:
-        """Return every job of a grid or a random search."""
+        """Return the jobs of every point that is known."""
         return self.planner.jobs(self.points())
 
     def points(self) -> list[Point]:
-        """Return the points of a grid or a random search."""
+        """Return the points of a grid or a random search, or those that Optuna asked for so far."""
+        if self.config.search == "optuna":
+            return asked_points(self.folders.asked, self.planner)
         if self.config.search == "grid":
             return grid(self.variants)
         return draw(self.variants, self.config.num_points or 1, self.config.seed)
@@ -265,7 +267,7 @@ def _source(planned: Sweep, known: dict[str, Any]) -> Source:
         rows = rows_of(every, planned.planner)
         ids = {record["id"] for record in records}
         (point,) = summaries(row for row in rows if row["id"] in ids)
-        found = scores(point.mean, objectives)
+        found = scores(point.mean, objectives) if point.competes else None
         return None if found is None else list(found)
 
     return Suggested(
@@ -299,7 +301,9 @@ def finish(planned: Sweep, seconds: float, *, whole: bool = True) -> SweepResult
 
     config, folders = planned.config, planned.folders
     records = folders.records()
-    rows = rows_of(records, planned.planner)
+    not_run = planned.planner.not_run(planned.points())
+    of_bounds = records_of_bounds(not_run, records, planned.planner)
+    rows = rows_of([*records, *of_bounds], planned.planner)
     write_table(folders.table, rows)
     points = summaries(rows)
     best = front(points, config.objectives)

@@ -97,18 +97,51 @@ class Summary:
     num_failed: int
 
     @property
+    def hands_all(self) -> bool:
+        """Whether the bundle is the full model: nothing is dropped, and nothing compressed."""
+        sizes = [self.row[f"num_{which}_blocks"] for which in ("adapter", "emulator")]
+        every = None not in sizes and sum(sizes) == self.row["num_blocks"]
+        return every and bool(self.row["compress"] == "none")
+
+    @property
     def competes(self) -> bool:
         """Whether the point can be on the front and win.
 
-        Where seeds were stopped or failed, the mean of the others is that of the lucky ones.
+        Where seeds were stopped or failed, the mean of the others is that of the lucky ones. The
+        full model has no gap, and is not to be handed out.
         """
-        return not (self.num_stopped or self.num_failed)
+        return not (self.num_stopped or self.num_failed or self.hands_all)
 
 
 def rows_of(records: Iterable[Record], planner: Planner) -> list[Row]:
     """Return a row for each record, those of emulators with their yardsticks beside them."""
     known = {record["id"]: record for record in records}
     return [_row(record, known, planner) for record in known.values()]
+
+
+def records_of_bounds(
+    jobs: Iterable[Job], records: Iterable[Record], planner: Planner
+) -> list[Record]:
+    """Return records of points' jobs that are not run, made of those of their bounds.
+
+    Args:
+        jobs: What ``Planner.not_run`` gave. One that has a record gets no other, and one whose
+            bound was not measured gets none.
+        records: All that there are.
+        planner: Of the sweep.
+    """
+    known = {record["id"]: record for record in records}
+    found = []
+    for job in jobs:
+        full, _, bound = (known.get(other.id) for other in yardsticks(job, planner))
+        if job.id in known or bound is None or bound["status"] != FINISHED:
+            continue
+        measured = dict.fromkeys(("plug_in", "emulator_fine_tuned"), bound["measured"]["bound"])
+        if full is not None and full["status"] == FINISHED:
+            measured["emulator_zero_shot"] = full["measured"]["full_zero_shot"]
+        own = {"id": job.id, "point": job.point, "job": job.to_plain()}
+        found.append({**bound, **own, "measured": measured, "seconds": {}})
+    return found
 
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:
