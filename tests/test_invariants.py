@@ -48,6 +48,8 @@ class Case:
     root: Path
     model: Path
     bundle: Path
+    whole: Path
+    """A bundle that keeps every block, with adapter blocks at both ends and inside."""
     full: PreTrainedModel
     logits: Tensor
 
@@ -58,8 +60,9 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     root = tmp_path_factory.mktemp(family)
     model = save_tiny(family, root / "full")
     cut(model, CUT, root / "bundle")
+    cut(model, "adapter=0,3,5 emulator=1,2,4", root / "whole")
     full = stock(model)
-    return Case(family, root, model, root / "bundle", full, logits_of(full))
+    return Case(family, root, model, root / "bundle", root / "whole", full, logits_of(full))
 
 
 # Invariant 1: keep every block
@@ -150,6 +153,22 @@ def test_a_trained_adapter_is_the_full_model_with_these_blocks(case: Case, tmp_p
     before, after = stored(case.model), stored(tmp_path / "plugged")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == set(result.replaced) == {n for n in before if block_index(n) in (0, 3, 5)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trained_by_any_method_it_computes_what_was_trained(
+    case: Case, tmp_path: Path, method: str
+) -> None:
+    if method == "bitfit" and not has_bias(case):
+        pytest.skip(f"no block of {case.family} has a bias, so bitfit has nothing to train")
+    trained = make_adapter(case.whole, tmp_path / "adapter", method=method, noise=0.05)
+    plug(case.model, tmp_path / "adapter", tmp_path / "plugged")
+    expected, found = logits_of(trained), logits_of(load_model(tmp_path / "plugged"))
+    assert (expected - case.logits).abs().max() > 1e-2
+    if method == "lora":  # merged, so the sum is taken in another order
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    else:
+        assert torch.equal(found, expected)
 
 
 def test_stock_peft_computes_what_a_plugged_in_lora_does(case: Case, tmp_path: Path) -> None:

@@ -177,6 +177,37 @@ def test_a_point_that_is_its_own_control_runs_once(plan: str, select: str, own: 
     assert found[planner(12).own(point, 0).id].control == (select if own == 2 else None)
 
 
+def test_a_point_that_is_its_own_bound_is_not_run() -> None:
+    points = grid(
+        space(
+            compress={"plan": ["1-4-1", "1-2-1", "adapter=0-5 emulator="]},
+            distill={"max_steps": [0, 4]},
+            any_of=[{}, {"compress": {"compress": "prune:0.5"}}],
+        )
+    )
+
+    def run(of: Planner) -> list[tuple[object, bool, bool]]:
+        jobs = [job.settings for job in of.jobs(points) if job.role == "emulator"]
+        told = [(s["compress"]["plan"], "compress" in s["compress"], "distill" in s) for s in jobs]
+        return [row for row in told if row[0] != "1-2-1"]
+
+    every = [
+        (plan, pruned, distilled)
+        for pruned in (False, True)
+        for plan in ("1-4-1", "adapter=0-5 emulator=")
+        for distilled in (False, True)
+    ]
+    assert run(planner()) == [row for row in every if row[1] or row[2]]
+    own_bounds = planner(seeds=2).not_run(points)
+    assert [(j.settings["compress"], j.seed) for j in own_bounds] == [
+        ({"plan": plan}, seed) for plan in ("1-4-1", "adapter=0-5 emulator=") for seed in (0, 1)
+    ]
+    assert planner(method="full", max_steps=2).not_run(points) == planner().not_run(points)
+    other = planner(learning_rate=0.1)
+    assert run(other) == every
+    assert other.not_run(points) == []
+
+
 def test_what_a_trial_does_not_distil_is_one_point_whatever_the_losses() -> None:
     jobs = planner().jobs(grid(space(distill={"max_steps": 0, "hidden_weight": [0.0, 30.0]})))
     assert sum(job.role == "emulator" and job.control == "uniform" for job in jobs) == 1

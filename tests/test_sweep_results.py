@@ -15,7 +15,14 @@ from offsite_ray.tune.attempts import Silent
 from offsite_ray.tune.folders import Folders
 from offsite_ray.tune.front import chosen, dominates, front, how_much_to_distil, most_worth, worth
 from offsite_ray.tune.plan import Job, Planner
-from offsite_ray.tune.table import COLUMNS, Summary, rows_of, summaries, write_table
+from offsite_ray.tune.table import (
+    COLUMNS,
+    Summary,
+    records_of_bounds,
+    rows_of,
+    summaries,
+    write_table,
+)
 from offsite_ray.tune.trial import base_record
 from tests.conftest import ROOT
 from tests.sweeps import a_config
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from offsite_ray.tune.space import Point
     from tests.loops import Loop
 
 OBJECTIVES = ("plug_in", "emulator", "bytes")
@@ -76,19 +84,44 @@ def test_what_was_not_measured_is_on_no_front() -> None:
     assert chosen(summaries(rows), OBJECTIVES, 0.5) is None
 
 
-def test_the_lucky_seeds_of_a_point_compete_for_nothing() -> None:
+@pytest.mark.parametrize("status", ["stopped", "failed"])
+def test_the_lucky_seeds_of_a_point_compete_for_nothing(status: str) -> None:
     measured = {"emulator_fine_tuned_nats": 3.0, "bound_gap": 0.1, "privacy_gap": 0.9}
     rows = [
         a_row("lucky", 0, plug_in_nats=1.0, **measured),
-        a_row("lucky", 1, status="stopped"),
+        a_row("lucky", 1, status=status),
         *(a_row("whole", seed, plug_in_nats=2.0, **measured) for seed in (0, 1)),
     ]
     found = summaries(rows)
-    assert [point.num_stopped for point in found] == [1, 0]
+    num = {"stopped": (1, 0), "failed": (0, 1)}[status]
+    assert [(point.num_stopped, point.num_failed) for point in found] == [num, (0, 0)]
+    assert [point.competes for point in found] == [False, True]
     assert names(front(found, OBJECTIVES)) == names(front(found, ["plug_in"])) == {"whole"}
     best = most_worth(how_much_to_distil(found, 0.5))
     assert best is not None
     assert best.point == "whole"
+
+
+def test_the_full_model_is_on_no_front_and_never_wins() -> None:
+    def a_size(size: int, bound_gap: float, privacy_gap: float, **values: Any) -> dict[str, Any]:
+        return a_row(
+            f"{size}{values}", num_blocks=16, num_adapter_blocks=4, num_emulator_blocks=size,
+            bundle_bytes=size, bound_gap=bound_gap, privacy_gap=privacy_gap,
+            plug_in_nats=1.0 + bound_gap, emulator_fine_tuned_nats=1.0 + bound_gap + privacy_gap,
+            **values,
+        )  # fmt: skip
+
+    found = summaries(
+        [a_size(12, 0.0, 0.0), a_size(12, 0.0, 0.0, distill_steps=9), a_size(6, 0.2, 0.15),
+         a_size(2, 0.5, 0.4), a_size(12, 0.3, 0.5, compress="quantize:8")]
+    )  # fmt: skip
+    assert [point.hands_all for point in found] == [True, True, False, False, False]
+    best = front(found, OBJECTIVES)
+    assert [point.row["num_emulator_blocks"] for point in best] == [6, 2, 12]
+    for few in (found[:4], found[:2]):
+        won, knob = chosen(few, OBJECTIVES, 0.5), most_worth(how_much_to_distil(few, 0.5))
+        sizes = [p and p.point for p in (won, knob)]
+        assert sizes == ([found[2].point] * 2 if len(few) > 2 else [None, None])
 
 
 def test_the_winner_follows_the_weight_of_privacy() -> None:
@@ -217,6 +250,19 @@ def test_what_stands_in_for_dropped_blocks_is_none_of_the_emulator_blocks(
     assert row["depth"] == 16
     assert row["emulator_blocks"] == ",".join(map(str, whole.middle))
     assert parse_plan(row["plan"], 16, uniform) == whole
+
+
+def test_a_point_that_ran_beside_its_bound_keeps_its_own_row() -> None:
+    planner = Planner(num_blocks=6, seeds=(0,), baseline={})
+    points: list[Point] = [{"compress.plan": "1-4-1"}]
+    *_, bound = planner.jobs(points)
+    records = [{**base_record(bound, "finished"), "measured": {"bound": {"nats_per_token": 2.0}}}]
+    (made,) = records_of_bounds(planner.not_run(points), records, planner)
+    assert made["measured"]["plug_in"] == {"nats_per_token": 2.0}
+    (job,) = planner.not_run(points)
+    records.append(base_record(job, "finished"))
+    assert records_of_bounds([job], records, planner) == []
+    assert records_of_bounds([job], [base_record(bound, "failed")], planner) == []
 
 
 def test_other_emulators_are_as_deep_as_their_blocks() -> None:

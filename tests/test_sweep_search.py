@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from offsite_ray.tune.plan import Planner
-from offsite_ray.tune.search import VARIANT, Listed, Suggested, parameters_of
+from offsite_ray.tune.search import VARIANT, Listed, Suggested, asked_points, parameters_of
 from offsite_ray.tune.space import every_value, grid, parse_space
 
 if TYPE_CHECKING:
@@ -55,6 +55,18 @@ def test_a_remembered_point_is_found_wherever_its_values_stand_now() -> None:
     assert parameters_of(point, space("1-3-1", "2-1-2", rank=[2, 4])) is None
     assert parameters_of(point, space("1-2-1", rank={"low": 5, "high": 8})) is None
     assert parameters_of(point, space("1-2-1", rank=[8, 4])) == {VARIANT: 0, "0.finetune.rank": 1}
+
+
+def test_a_point_that_is_its_own_bound_is_asked_for_and_not_run(tmp_path: Path) -> None:
+    variants, memory = space("1-4-1"), tmp_path / "asked.json"
+    source = suggested(variants, 2, memory)
+    given = [source.next() for _ in range(4)]
+    assert [job.role for job in given if job] == ["full", "fine_tuned", "bound"]
+    for job in filter(None, given):
+        source.told({"id": job.id, "status": "finished"})
+    assert source.done
+    points = asked_points(memory, PLANNER)
+    assert [job.settings["compress"] for job in PLANNER.not_run(points)] == [{"plan": "1-4-1"}]
 
 
 def test_optuna_asks_for_the_remembered_points_that_the_space_still_has(tmp_path: Path) -> None:

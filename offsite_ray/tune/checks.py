@@ -7,14 +7,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from offsite_ray.architectures import empty_model
 from offsite_ray.bundle import digest_file, digest_plain, fingerprint, open_weights
-from offsite_ray.config import EvaluateConfig
+from offsite_ray.config import EvaluateConfig, FinetuneConfig
 from offsite_ray.errors import ConfigError, StorageError
 from offsite_ray.evaluation.settings import open_yardstick
+from offsite_ray.finetuning.methods import finetuning_method
 from offsite_ray.results import to_plain
 from offsite_ray.tune.folders import read_record, write_json
 from offsite_ray.tune.halving import check_proxy
-from offsite_ray.tune.space import Range, may_distil
+from offsite_ray.tune.presets import PRESETS, without_methods
+from offsite_ray.tune.space import Range, may_distil, parse_space, stage_fields
 from offsite_ray.tune.trial import wants_text
 
 if TYPE_CHECKING:
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
     from transformers.configuration_utils import PretrainedConfig
 
+    from offsite_ray.architectures import Architecture, Notice
     from offsite_ray.config import SweepConfig
     from offsite_ray.tune.folders import Folders
     from offsite_ray.tune.space import Variant
@@ -90,6 +94,51 @@ def _contents(config: SweepConfig, model: Path) -> dict[str, str]:
     files = {source: digest_file(Path(source)) for source in sources if Path(source).is_file()}
     print_of_model = asdict(fingerprint(model, open_weights(model), {}))
     return {config.model: digest_plain(print_of_model), **files}
+
+
+def trainable_variants(
+    config: SweepConfig, model_config: PretrainedConfig, arch: Architecture, notice: Notice
+) -> list[Variant]:
+    """Return the space; of a preset, without fine-tuning methods that have nothing to train.
+
+    Raises:
+        ConfigError: The space is none, or asks by itself for such a method.
+    """
+    plain = config.space or {}
+    preset = PRESETS[config.preset].variants(arch.num_blocks) if config.preset else ()
+    variants = parse_space(plain, preset)
+    baseline = stage_fields("finetune", config.baseline or {}).get("method")
+    asked = _methods(variants) | ({str(baseline)} if baseline is not None else set())
+    refused = _untrainable(sorted(asked), model_config, arch)
+    if refused and config.preset:
+        variants = parse_space(plain, without_methods(preset, refused))
+    for name, why in refused.items():
+        if name in _methods(variants) or name == baseline:
+            raise ConfigError(f"finetune.method={name} cannot be swept: {why}")
+        notice(f"{config.preset} leaves out finetune.method={name}: {why}")
+    return variants
+
+
+def _methods(variants: Sequence[Variant]) -> set[str]:
+    knobs = (variant.get("finetune.method", ()) for variant in variants)
+    return {str(value) for knob in knobs if not isinstance(knob, Range) for value in knob}
+
+
+def _untrainable(
+    methods: Sequence[str], model_config: PretrainedConfig, arch: Architecture
+) -> dict[str, str]:
+    """Return the methods that have nothing to train in the blocks of a model, and why."""
+    found = {}
+    for name in methods:
+        row = finetuning_method(name)
+        model = empty_model(model_config, arch.family.auto_class)
+        model.requires_grad_(False)
+        config = FinetuneConfig(bundle="-", data=("-",), out="-", method=name)
+        try:
+            row.prepare(model, arch, range(arch.num_blocks), config)
+        except ConfigError as error:
+            found[name] = str(error)
+    return found
 
 
 def check_space(variants: Sequence[Variant], config: SweepConfig) -> None:

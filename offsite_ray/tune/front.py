@@ -65,10 +65,10 @@ def scores(row: Mapping[str, float | None], objectives: Sequence[str]) -> tuple[
 def front(points: Sequence[Summary], objectives: Sequence[str]) -> list[Summary]:
     """Return the points that no other is better than, in their order.
 
-    One is better than another where it is as good in every objective and better in one. A point of
-    which seeds were stopped early is none.
+    One is better than another where it is as good in every objective and better in one. A point
+    that does not compete is none.
     """
-    known = [(point, scores(point.mean, objectives)) for point in points if not point.num_stopped]
+    known = [(point, scores(point.mean, objectives)) for point in points if point.competes]
     return [
         point
         for point, own in known
@@ -148,7 +148,7 @@ class Distilled:
     """To the bound."""
     privacy_gap: float | None
     worth: float | None
-    """For the privacy weight of the sweep; None where a gap is not known, or seeds were stopped."""
+    """For the privacy weight of the sweep; None where a gap is unknown, or it does not compete."""
 
 
 def how_much_to_distil(points: Sequence[Summary], privacy_weight: float) -> list[Distilled]:
@@ -165,7 +165,7 @@ def how_much_to_distil(points: Sequence[Summary], privacy_weight: float) -> list
             utility_gap=point.mean["utility_gap"],
             bound_gap=point.mean["bound_gap"],
             privacy_gap=point.mean["privacy_gap"],
-            worth=None if point.num_stopped else worth(point.mean, privacy_weight, utility),
+            worth=worth(point.mean, privacy_weight, utility) if point.competes else None,
         )
         for point in points
     ]

@@ -108,12 +108,15 @@ def page_data(
 
 def sentence(winner: Summary | None, points: Sequence[Summary], config: SweepConfig) -> str:
     """Return the result in one sentence."""
+    if points and all(point.hands_all for point in points):
+        return "Nothing is dropped or compressed here: every point is the bound of its placement."
     if winner is None:
         return "No emulator was measured beside what it must be judged against."
     mean, row = winner.mean, winner.row
     distilled = f"distilled for {row['distill_steps']} steps" if row["distill_steps"] else "as cut"
     how = f"{row['select']}, {distilled}" + (f", {DEEP}" if _is_as_deep(row) else "")
-    found = f"Of {len(points)} emulators, {row['plan']} ({how}) is chosen"
+    number = sum(not point.hands_all for point in points)
+    found = f"Of {number} emulators, {row['plan']} ({how}) is chosen"
     parts = [
         _told("utility gap to the bound", mean["bound_gap"], winner.spread["bound_gap"]),
         _told("utility gap to full fine-tuning", mean["utility_gap"], winner.spread["utility_gap"]),
@@ -162,6 +165,8 @@ def _point(
         "seconds": point.mean["seconds"],
         "seeds": len(point.seeds),
         "stopped": point.num_stopped,
+        "failed": point.num_failed,
+        "competes": point.competes,
         "front": on_front,
         "other": ", ".join(part for parts in other.values() for part in parts),
         "others": dict(other),

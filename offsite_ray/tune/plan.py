@@ -75,7 +75,11 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Planner:
-    """Makes jobs of points, for one model."""
+    """Makes jobs of points, for one model.
+
+    A point that drops, compresses and distils nothing is no emulator. It is its own bound, and is
+    not run beside it.
+    """
 
     num_blocks: int
     """Blocks of the full model."""
@@ -98,9 +102,7 @@ class Planner:
                 known = found.setdefault(job.id, job)
                 if known.control is None and job.control is not None:
                     found[job.id] = job
-        ordered = sorted(found.values(), key=lambda job: (_ORDER.index(job.role), job.seed))
-        yardsticks = [job for job in ordered if job.role != "emulator"]
-        return yardsticks + [job for job in ordered if job.role == "emulator"]
+        return sorted(found.values(), key=lambda job: (_ORDER.index(job.role), job.seed))
 
     def _of_point(self, point: Point) -> list[Job]:
         settings = self._settings(point)
@@ -109,7 +111,8 @@ class Planner:
         jobs = []
         for seed in self.seeds:
             jobs += self.yardsticks(settings, seed)
-            jobs.append(Job(role="emulator", settings=settings, seed=seed))
+            if not self._is_its_bound(settings):
+                jobs.append(Job(role="emulator", settings=settings, seed=seed))
             for name, drop in controls(plan).items():
                 control = {**settings, "compress": drop}
                 jobs.append(Job(role="emulator", settings=control, seed=seed, control=name))
@@ -129,6 +132,25 @@ class Planner:
                 seed=seed,
             ),
         ]
+
+    def not_run(self, points: Iterable[Point]) -> list[Job]:
+        """Return the jobs of points that are not run: nothing tells them from their bounds."""
+        found = {}
+        for settings in map(self._settings, points):
+            if self._is_its_bound(settings):
+                for seed in self.seeds:
+                    job = Job(role="emulator", settings=settings, seed=seed)
+                    found[job.id] = job
+        return list(found.values())
+
+    def _is_its_bound(self, settings: Settings) -> bool:
+        """Return whether a point is trained as its bound is, on the same blocks."""
+        finetune = settings["finetune"]
+        if "distill" in settings or "compress" in settings["compress"]:
+            return False
+        if without_defaults("finetune", {**finetune, **self.baseline}) != finetune:
+            return False
+        return self.resolved(settings["compress"]).keeps_every_block
 
     def own(self, point: Point, seed: int) -> Job:
         """Return the job of a point itself, without its controls."""

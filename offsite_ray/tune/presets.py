@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from offsite_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
 _PAPER_BLOCKS = 24
 """Blocks of OPT-1.3B, the model of these ablations; counts of blocks are scaled from it."""
@@ -77,6 +77,20 @@ def _methods(num_blocks: int) -> list[Mapping[str, Any]]:
             "finetune": {"method": list(FINETUNING_METHODS)},
         }
     ]
+
+
+def without_methods(
+    variants: Sequence[Mapping[str, Any]], names: Collection[str]
+) -> list[Mapping[str, Any]]:
+    """Return spaces of a preset without the fine-tuning methods of some names."""
+    found: list[Mapping[str, Any]] = []
+    for variant in variants:
+        finetune = variant.get("finetune", {})
+        if "method" in finetune:
+            kept = [name for name in finetune["method"] if name not in names]
+            variant = {**variant, "finetune": {**finetune, "method": kept}}
+        found.append(variant)
+    return found
 
 
 def _third(num_blocks: int) -> str:

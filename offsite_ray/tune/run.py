@@ -13,7 +13,13 @@ from offsite_ray.bundle import check_parent
 from offsite_ray.data import is_prepared, open_prepared, write_blocks
 from offsite_ray.errors import ConfigError
 from offsite_ray.tune.attempts import run_one_by_one
-from offsite_ray.tune.checks import check_measuring, check_same, check_space, workers_per_trial
+from offsite_ray.tune.checks import (
+    check_measuring,
+    check_same,
+    check_space,
+    trainable_variants,
+    workers_per_trial,
+)
 from offsite_ray.tune.folders import (
     FAILED,
     FINISHED,
@@ -31,11 +37,10 @@ from offsite_ray.tune.front import (
 )
 from offsite_ray.tune.halving import Halving
 from offsite_ray.tune.plan import Planner
-from offsite_ray.tune.presets import PRESETS
 from offsite_ray.tune.recipe import PrunedToo, prune_bundles, write_winner
-from offsite_ray.tune.search import Listed, Suggested
-from offsite_ray.tune.space import draw, every_value, grid, parse_space, stage_fields
-from offsite_ray.tune.table import rows_of, summaries, write_table
+from offsite_ray.tune.search import Listed, Suggested, asked_points
+from offsite_ray.tune.space import draw, every_value, grid, stage_fields
+from offsite_ray.tune.table import records_of_bounds, rows_of, summaries, write_table
 from offsite_ray.tune.tensorboard import TensorBoardToo
 from offsite_ray.tune.trial import Shared
 
@@ -96,11 +101,13 @@ class Sweep:
     shared: Shared
 
     def jobs(self) -> list[Job]:
-        """Return every job of a grid or a random search."""
+        """Return the jobs of every point that is known."""
         return self.planner.jobs(self.points())
 
     def points(self) -> list[Point]:
-        """Return the points of a grid or a random search."""
+        """Return the points of a grid or a random search, or those that Optuna asked for so far."""
+        if self.config.search == "optuna":
+            return asked_points(self.folders.asked, self.planner)
         if self.config.search == "grid":
             return grid(self.variants)
         return draw(self.variants, self.config.num_points or 1, self.config.seed)
@@ -160,13 +167,13 @@ def plan_sweep(config: SweepConfig, root: Path, notice: Notice) -> Sweep:
     folders = Folders(root)
     model = model_directory(config.model)
     model_config = load_config(model)
+    arch = resolve_architecture(model_config, config.blocks)
     planner = Planner(
-        num_blocks=resolve_architecture(model_config, config.blocks).num_blocks,
+        num_blocks=arch.num_blocks,
         seeds=range(config.seed, config.seed + config.seeds),
         baseline=stage_fields("finetune", config.baseline or {}),
     )
-    over = PRESETS[config.preset].variants(planner.num_blocks) if config.preset else ()
-    variants = parse_space(config.space or {}, over)
+    variants = trainable_variants(config, model_config, arch, notice)
     check_space(variants, config)
     planner.jobs(grid(variants) if config.search == "grid" else every_value(variants))
     check_measuring(config, model, model_config)
@@ -265,7 +272,7 @@ def _source(planned: Sweep, known: dict[str, Any]) -> Source:
         rows = rows_of(every, planned.planner)
         ids = {record["id"] for record in records}
         (point,) = summaries(row for row in rows if row["id"] in ids)
-        found = scores(point.mean, objectives)
+        found = scores(point.mean, objectives) if point.competes else None
         return None if found is None else list(found)
 
     return Suggested(
@@ -299,7 +306,9 @@ def finish(planned: Sweep, seconds: float, *, whole: bool = True) -> SweepResult
 
     config, folders = planned.config, planned.folders
     records = folders.records()
-    rows = rows_of(records, planned.planner)
+    not_run = planned.planner.not_run(planned.points())
+    of_bounds = records_of_bounds(not_run, records, planned.planner)
+    rows = rows_of([*records, *of_bounds], planned.planner)
     write_table(folders.table, rows)
     points = summaries(rows)
     best = front(points, config.objectives)

@@ -84,7 +84,7 @@ class _Asked:
     trial: Any
     point: Point
     jobs: list[Job]
-    """Its own jobs, one a seed; without its controls."""
+    """Its own jobs, one a seed; without its controls. None where it is its own bound."""
     again: bool
     """Whether all of these were given out for another point."""
 
@@ -194,12 +194,25 @@ class Suggested:
                 continue
             self._open.remove(asked)
             done = all(record["status"] == FINISHED for record in whole)
-            values = self._score(whole) if done else None
+            values = self._score(whole) if done and whole else None
             if values is None:
                 failed = self._optuna.trial.TrialState.FAIL
                 self._study.tell(asked.trial, state=failed)
             else:
                 self._study.tell(asked.trial, values)
+
+
+def asked_points(memory: Path, planner: Planner) -> list[Point]:
+    """Return the points that Optuna has asked for so far, as far as they can be run."""
+    found = []
+    for plain in json.loads(memory.read_text("utf-8")) if memory.is_file() else []:
+        point: Point = {n: tuple(v) if isinstance(v, list) else v for n, v in plain.items()}
+        try:
+            planner.jobs([point])
+        except OffsiteError:
+            continue
+        found.append(point)
+    return found
 
 
 def parameters_of(point: Mapping[str, Any], variants: Sequence[Variant]) -> dict[str, Any] | None:

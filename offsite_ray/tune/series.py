@@ -77,7 +77,7 @@ def kinds(points: Sequence[Mapping[str, Any]], utility_gap: str) -> dict[str, li
     bases: dict[str, list[Mapping[str, Any]]] = {}
     for point in points:
         known = point[utility_gap][0] is not None and point["privacy_gap"][0] is not None
-        if known and not point["stopped"]:
+        if known and point["competes"]:
             bases.setdefault(_base(point), []).append(point)
     found: dict[str, list[str]] = {}
     for base, members in bases.items():
@@ -176,6 +176,9 @@ def _lines_through(
     def all_but(kind: str, text: str) -> tuple[tuple[str, str], ...]:
         return tuple({**parts, kind: text}.items())
 
+    # The mean of the seeds that were lucky is beside no line of means of all.
+    if not point["competes"]:
+        return
     # An explicit plan says more than how many blocks it keeps.
     if point["emulator_blocks"] is not None and point["select"] != "explicit":
         yield _Line(axis=BLOCKS, parts=all_but("blocks", "")), point["emulator_blocks"]

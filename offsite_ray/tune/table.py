@@ -20,7 +20,7 @@ from offsite_ray.bundle import atomic_file
 from offsite_ray.evaluation.gaps import mean_score
 from offsite_ray.results import SETTINGS
 from offsite_ray.selection import SELECTION_METHODS
-from offsite_ray.tune.folders import FINISHED, STOPPED, Record
+from offsite_ray.tune.folders import FAILED, FINISHED, STOPPED, Record
 from offsite_ray.tune.plan import Job
 
 if TYPE_CHECKING:
@@ -93,14 +93,55 @@ class Summary:
     spread: Mapping[str, float | None]
     """Column to its standard deviation (of a sample); None for one seed."""
     num_stopped: int
-    """Seeds that were stopped early. The mean of the others is that of the lucky ones, so a point
-    with any is in the table and competes for nothing."""
+    """Seeds that were stopped early."""
+    num_failed: int
+
+    @property
+    def hands_all(self) -> bool:
+        """Whether the bundle is the full model: nothing is dropped, and nothing compressed."""
+        sizes = [self.row[f"num_{which}_blocks"] for which in ("adapter", "emulator")]
+        every = None not in sizes and sum(sizes) == self.row["num_blocks"]
+        return every and bool(self.row["compress"] == "none")
+
+    @property
+    def competes(self) -> bool:
+        """Whether the point can be on the front and win.
+
+        Where seeds were stopped or failed, the mean of the others is that of the lucky ones. The
+        full model has no gap, and is not to be handed out.
+        """
+        return not (self.num_stopped or self.num_failed or self.hands_all)
 
 
 def rows_of(records: Iterable[Record], planner: Planner) -> list[Row]:
     """Return a row for each record, those of emulators with their yardsticks beside them."""
     known = {record["id"]: record for record in records}
     return [_row(record, known, planner) for record in known.values()]
+
+
+def records_of_bounds(
+    jobs: Iterable[Job], records: Iterable[Record], planner: Planner
+) -> list[Record]:
+    """Return records of points' jobs that are not run, made of those of their bounds.
+
+    Args:
+        jobs: What ``Planner.not_run`` gave. One that has a record gets no other, and one whose
+            bound was not measured gets none.
+        records: All that there are.
+        planner: Of the sweep.
+    """
+    known = {record["id"]: record for record in records}
+    found = []
+    for job in jobs:
+        full, _, bound = (known.get(other.id) for other in yardsticks(job, planner))
+        if job.id in known or bound is None or bound["status"] != FINISHED:
+            continue
+        measured = dict.fromkeys(("plug_in", "emulator_fine_tuned"), bound["measured"]["bound"])
+        if full is not None and full["status"] == FINISHED:
+            measured["emulator_zero_shot"] = full["measured"]["full_zero_shot"]
+        own = {"id": job.id, "point": job.point, "job": job.to_plain()}
+        found.append({**bound, **own, "measured": measured, "seconds": {}})
+    return found
 
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:
@@ -116,15 +157,15 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
 def summaries(rows: Iterable[Row]) -> list[Summary]:
     """Return the finished emulators by point, in the order in which they come."""
     points: dict[str, list[Row]] = {}
-    stopped: Counter[str] = Counter()
+    ends: Counter[tuple[str, str]] = Counter()
     for row in rows:
         if row["role"] == "emulator" and row["status"] == FINISHED:
             points.setdefault(row["point"], []).append(row)
-        stopped[row["point"]] += row["status"] == STOPPED
-    return [_summary(point, found, stopped[point]) for point, found in points.items()]
+        ends[row["point"], row["status"]] += 1
+    return [_summary(point, found, ends) for point, found in points.items()]
 
 
-def _summary(point: str, rows: list[Row], num_stopped: int) -> Summary:
+def _summary(point: str, rows: list[Row], ends: Mapping[tuple[str, str], int]) -> Summary:
     mean: dict[str, float | None] = {}
     spread: dict[str, float | None] = {}
     for name, kind in COLUMNS.items():
@@ -138,7 +179,13 @@ def _summary(point: str, rows: list[Row], num_stopped: int) -> Summary:
     rows = sorted(rows, key=lambda row: int(row["seed"]))
     seeds = tuple(int(row["seed"]) for row in rows)
     return Summary(
-        point=point, row=rows[0], seeds=seeds, mean=mean, spread=spread, num_stopped=num_stopped
+        point=point,
+        row=rows[0],
+        seeds=seeds,
+        mean=mean,
+        spread=spread,
+        num_stopped=ends[point, STOPPED],
+        num_failed=ends[point, FAILED],
     )
 
 
