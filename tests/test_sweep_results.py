@@ -42,7 +42,7 @@ def a_row(point: str, seed: int = 0, **values: Any) -> dict[str, Any]:
         "id": f"emulator-{point}-seed{seed}", "point": point, "role": "emulator",
         "status": "finished", "seed": seed, "plan": "2-4-2", "select": "uniform",
         "compress": "none", "distill_steps": 0, "num_emulator_blocks": 4, "bundle_bytes": 100,
-        "method": "full", "num_blocks": 8, "date": "2025-01-31T12:00:00Z",
+        "method": "full", "num_blocks": 8, "bound_nats": 1.0, "date": "2025-01-31T12:00:00Z",
     }  # fmt: skip
     return {**row, **values}
 
@@ -132,21 +132,19 @@ def test_the_winner_follows_the_weight_of_privacy() -> None:
         0.4: "private",
         1.0: "private",
     }
-    assert worth(found[1].mean, 0.25) == pytest.approx(0.25 * 1.4 - 0.75 * 0.6)
-    gaps = {"utility_gap": 0.2, "privacy_gap": 0.1}
-    assert worth(gaps, 0.0, "utility_gap") == pytest.approx(-0.2)
-    assert worth(gaps, 0.0) is None
+    assert worth(0.6, 1.4, 0.25) == pytest.approx(0.25 * 1.4 - 0.75 * 0.6)
+    assert worth(0.2, None, 0.0) is worth(None, 0.2, 0.0) is None
     only = chosen(found, ["plug_in"], 1.0)
     assert only is not None
     assert only.point == "useful"
 
 
-def test_rivals_are_judged_by_one_yardstick() -> None:
-    def won(*bound_gaps: float | None) -> str:
+def test_rivals_are_judged_by_the_best_bound_and_not_each_by_its_own() -> None:
+    def won(*bounds: float | None) -> str:
         found = summaries(
-            a_row(f"{i}", plug_in_nats=1.0 + i, emulator_fine_tuned_nats=3.0 + i, bundle_bytes=9,
-                  bound_gap=gap, utility_gap=(0.3, 0.2)[i], privacy_gap=0.1)
-            for i, gap in enumerate(bound_gaps)
+            a_row(f"{i}", plug_in_nats=plug_in, emulator_fine_tuned_nats=plug_in + 0.1,
+                  bound_nats=bound, privacy_gap=0.1, full_fine_tuned_nats=0.9)
+            for i, (plug_in, bound) in enumerate(zip((1.5, 1.2), bounds, strict=True))
         )  # fmt: skip
         best, knob = chosen(found, OBJECTIVES, 0.0), most_worth(how_much_to_distil(found, 0.0))
         assert best is not None
@@ -154,9 +152,27 @@ def test_rivals_are_judged_by_one_yardstick() -> None:
         assert best.point == knob.point
         return best.point
 
-    assert won(0.5, 0.4) == "1"
-    assert won(0.5, None) == "0"
+    # the first has lost nothing, of a fine-tuning that learnt nothing
+    assert won(1.5, 1.0) == "1"
+    assert won(1.5, None) == "1"
     assert won(None, None) == "1"
+
+
+def test_of_equals_what_was_asked_for_wins_and_the_smaller() -> None:
+    same: dict[str, Any] = {"plug_in_nats": 1.2, "emulator_fine_tuned_nats": 1.4, "bound_nats": 1.0,
+            "privacy_gap": 0.2}  # fmt: skip
+    found = summaries(
+        [
+            a_row("control", control="tail", **same),
+            a_row("large", bundle_bytes=101, **same),
+            a_row("asked for", **same),
+        ]
+    )
+    best, knob = chosen(found, ("plug_in",), 0.5), most_worth(how_much_to_distil(found, 0.5))
+    assert best is not None
+    assert knob is not None
+    assert best.point == "asked for"
+    assert knob.point != "control"
 
 
 def test_scores_count_where_there_are_no_nats() -> None:
@@ -183,7 +199,7 @@ def test_a_point_is_the_mean_of_its_seeds_with_their_spread() -> None:
 def test_the_knob_goes_from_little_to_much_and_names_a_setting() -> None:
     rows = [
         a_row(f"{size}-{steps}", num_emulator_blocks=size, distill_steps=steps,
-              bound_gap=0.4 - steps / 1000, privacy_gap=0.5 - steps / 500)
+              plug_in_nats=1.4 - steps / 1000, privacy_gap=0.5 - steps / 500)
         for size, steps in ((8, 0), (4, 200), (4, 0))
     ]  # fmt: skip
     knob = how_much_to_distil(summaries(rows), 0.2)

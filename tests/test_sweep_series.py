@@ -51,7 +51,8 @@ def test_what_was_stopped_or_has_no_yardstick_is_on_no_line() -> None:
     assert data["utility"] == "bound_gap"
     assert [ids for _, ids in data["kinds"]] == [["whole"]]
     assert [point["stopped"] for point in data["points"]] == [0, 0, 1]
-    assert data_of([{**row, "bound_gap": None} for row in rows])["utility"] == "utility_gap"
+    unbound = [{**row, "bound_gap": None, "bound_nats": None} for row in rows]
+    assert data_of(unbound)["utility"] == "utility_gap"
 
 
 def test_bounds_and_full_fine_tuning_of_other_settings_are_not_mixed() -> None:

@@ -45,7 +45,7 @@ class Count:
         Args:
             planned: The sweep.
         """
-        records = planned.folders.records()
+        records = planned.records()
         self.done = sum(map(planned.is_over, records))
         self.failed = 0
         self.best: tuple[float, str] | None = None

@@ -84,46 +84,68 @@ def dominates(first: Sequence[float], second: Sequence[float]) -> bool:
 
 
 def yardstick(points: Sequence[Summary]) -> str:
-    """Return the column of the utility gap that points are compared by, the same for all.
+    """Return what points are measured against, the same for all: a setting.
 
-    It is that to the bound, or to full fine-tuning where no bound is known at all: a point whose
-    own bound failed would be judged by another measure than its rivals.
+    It is the bound, or full fine-tuning where no bound is known at all.
     """
-    known = any(point.mean["bound_gap"] is not None for point in points)
-    return "bound_gap" if known else "utility_gap"
+    known = any(quality(point.mean, "bound") is not None for point in points)
+    return "bound" if known else "full_fine_tuned"
 
 
-def worth(
-    row: Mapping[str, float | None], privacy_weight: float, utility_gap: str = "bound_gap"
-) -> float | None:
+def behind(points: Sequence[Summary]) -> dict[str, float | None]:
+    """Return by point how far its plug-in is behind the best bound of the sweep.
+
+    Not behind its own: with a fine-tuning that learns nothing it would have lost nothing either.
+    None where the plug-in is not known, or no bound (and no full fine-tuning).
+    """
+    setting = yardstick(points)
+    marks = [value for point in points if (value := quality(point.mean, setting)) is not None]
+    reached = {point.point: quality(point.mean, "plug_in") for point in points}
+    if not marks:
+        return dict.fromkeys(reached)
+    return {name: None if own is None else max(marks) - own for name, own in reached.items()}
+
+
+def worth(utility: float | None, privacy: float | None, privacy_weight: float) -> float | None:
     """Return what a model owner has of a point, higher is better; None where a gap is unknown.
 
     ``privacy_weight * privacy gap - (1 - privacy_weight) * utility gap``.
 
     Args:
-        row: Means of a point.
+        utility: How far the plug-in is :func:`behind`.
+        privacy: Its privacy gap.
         privacy_weight: 0 to 1.
-        utility_gap: Column that :func:`yardstick` gave for all that are compared.
     """
-    utility, privacy = row.get(utility_gap), row.get("privacy_gap")
     if utility is None or privacy is None:
         return None
     return privacy_weight * privacy - (1 - privacy_weight) * utility
 
 
+def worths(points: Sequence[Summary], privacy_weight: float) -> dict[str, float | None]:
+    """Return by point what it is worth; None of one that does not compete."""
+    gaps = behind(points)
+    return {
+        point.point: worth(gaps[point.point], point.mean["privacy_gap"], privacy_weight)
+        if point.competes
+        else None
+        for point in points
+    }
+
+
 def chosen(
     points: Sequence[Summary], objectives: Sequence[str], privacy_weight: float
 ) -> Summary | None:
-    """Return the winner: the best in a single objective, or of the front the one worth most."""
-    candidates = front(points, objectives)
-    utility = yardstick(candidates)
-    values = (
-        worth(point.mean, privacy_weight, utility)
-        if len(objectives) > 1
-        else _only(point, objectives)
-        for point in candidates
-    )
-    rated = [(v, point) for v, point in zip(values, candidates, strict=True) if v is not None]
+    """Return the winner: the best in a single objective, or of the front the one worth most.
+
+    Of equals it is the one that was asked for rather than a control, and the smaller.
+    """
+    worth_of = worths(points, privacy_weight)
+    rated = [
+        ((value, point.row["control"] is None, -(point.row["bundle_bytes"] or 0)), point)
+        for point in front(points, objectives)
+        if (value := worth_of[point.point] if len(objectives) > 1 else _only(point, objectives))
+        is not None
+    ]
     return max(rated, key=lambda pair: pair[0])[1] if rated else None
 
 
@@ -142,6 +164,8 @@ class Distilled:
     plan: str
     select: str
     compress: str
+    method: str
+    """Of fine-tuning."""
     utility_gap: float | None
     """To full fine-tuning; mean over the seeds, as are the others."""
     bound_gap: float | None
@@ -153,7 +177,7 @@ class Distilled:
 
 def how_much_to_distil(points: Sequence[Summary], privacy_weight: float) -> list[Distilled]:
     """Return both gaps over emulator size and steps of distillation, in this order."""
-    utility = yardstick(points)
+    worth_of = worths(points, privacy_weight)
     found = [
         Distilled(
             point=point.point,
@@ -162,12 +186,13 @@ def how_much_to_distil(points: Sequence[Summary], privacy_weight: float) -> list
             plan=point.row["plan"],
             select=point.row["select"],
             compress=point.row["compress"],
+            method=point.row["method"],
             utility_gap=point.mean["utility_gap"],
             bound_gap=point.mean["bound_gap"],
             privacy_gap=point.mean["privacy_gap"],
-            worth=worth(point.mean, privacy_weight, utility) if point.competes else None,
+            worth=worth_of[point.point],
         )
-        for point in points
+        for point in sorted(points, key=lambda point: point.row["control"] is not None)
     ]
     return sorted(found, key=lambda row: (row.num_emulator_blocks, row.distill_steps))
 

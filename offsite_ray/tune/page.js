@@ -134,7 +134,7 @@
   }
 
   const worth = (point, weight) => {
-    const [utility, privacy] = [mean(point[data.utility]), mean(point.privacy_gap)];
+    const [utility, privacy] = [point.behind, mean(point.privacy_gap)];
     return utility === null || privacy === null ? null : weight * privacy - (1 - weight) * utility;
   };
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from offsite_ray.bundle import atomic_file
 from offsite_ray.results import SETTINGS
 from offsite_ray.tune.folders import FAILED
-from offsite_ray.tune.front import OBJECTIVES, yardstick
+from offsite_ray.tune.front import OBJECTIVES, behind, yardstick
 from offsite_ray.tune.plan import Job
 from offsite_ray.tune.recipe import label_of
 from offsite_ray.tune.series import compression, kinds, placements
-from offsite_ray.tune.space import STAGES
 from offsite_ray.tune.table import GAPS, Row, Summary, quality
+from offsite_ray.tune.words import common_settings, other_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -28,12 +28,6 @@ if TYPE_CHECKING:
 
 _SHOWN = ("plug_in", "emulator_fine_tuned", "emulator_zero_shot", "bound", *GAPS)
 """Numbers of a point that the page has, with their spread."""
-
-_IN_COLUMNS = (
-    "compress.plan", "compress.select", "compress.compress", "distill.max_steps",
-    "finetune.method", "finetune.learning_rate",
-)  # fmt: skip
-"""Settings that each point shows in a place of their own."""
 
 DEEP = "as deep as the full model"
 """Said of an emulator where copies or harmonizers stand in the place of dropped blocks."""
@@ -78,11 +72,13 @@ def page_data(
 
     nats = any(row["plug_in_nats"] is not None for row in rows)
     front = {point.point for point in best}
-    utility, others = yardstick(points), other_settings([point.row for point in points])
+    utility = {"bound": "bound_gap", "full_fine_tuned": "utility_gap"}[yardstick(points)]
+    others, gaps = other_settings([point.row for point in points]), behind(points)
     where = placements(rows)
     tuned, num_tuned = _best_of(rows, "fine_tuned", "full_fine_tuned")
     drawn = [
-        _point(point, other, where, nats=nats, on_front=point.point in front)
+        _point(point, other, where, nats=nats)
+        | {"front": point.point in front, "behind": gaps[point.point]}
         for point, other in zip(points, others, strict=True)
     ]
     return {
@@ -139,7 +135,6 @@ def _point(
     where: Mapping[str | None, str],
     *,
     nats: bool,
-    on_front: bool,
 ) -> dict[str, Any]:
     row = point.row
     unit = "nats" if nats else "score"
@@ -167,7 +162,6 @@ def _point(
         "stopped": point.num_stopped,
         "failed": point.num_failed,
         "competes": point.competes,
-        "front": on_front,
         "other": ", ".join(part for parts in other.values() for part in parts),
         "others": dict(other),
         **numbers,
@@ -184,36 +178,6 @@ def _is_as_deep(row: Mapping[str, Any]) -> bool:
     """Return whether something stands in the place of each block that an emulator dropped."""
     own = (row["num_adapter_blocks"] or 0) + (row["num_emulator_blocks"] or 0)
     return row["depth"] is not None and bool(row["depth"] > own)
-
-
-def other_settings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, list[str]]]:
-    """Return for each row, by verb, the settings that no column has and that not all share."""
-    shared = common_settings(rows)
-    return [
-        {
-            stage: [part for part in parts if part not in shared[stage]]
-            for stage, parts in of.items()
-        }
-        for of in map(_parts, rows)
-    ]
-
-
-def common_settings(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Return by verb the settings that no column has, of all rows for which the verb is run."""
-    found: dict[str, list[str]] = {}
-    for stage in STAGES:
-        lists = [parts[stage] for parts in map(_parts, rows) if stage in parts]
-        first = lists[0] if len(lists) > 1 else []
-        found[stage] = [part for part in first if all(part in other for other in lists)]
-    return found
-
-
-def _parts(row: Mapping[str, Any]) -> dict[str, list[str]]:
-    settings = json.loads(row["settings"]) if row["settings"] else {}
-    return {
-        stage: [f"{stage}.{n}={v}" for n, v in fields.items() if f"{stage}.{n}" not in _IN_COLUMNS]
-        for stage, fields in settings.items()
-    }
 
 
 def _placements(

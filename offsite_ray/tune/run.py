@@ -34,6 +34,7 @@ from offsite_ray.tune.front import (
     how_much_to_distil,
     most_worth,
     scores,
+    worths,
 )
 from offsite_ray.tune.halving import Halving
 from offsite_ray.tune.plan import Planner
@@ -43,9 +44,10 @@ from offsite_ray.tune.space import draw, every_value, grid, stage_fields
 from offsite_ray.tune.table import records_of_bounds, rows_of, summaries, write_table
 from offsite_ray.tune.tensorboard import TensorBoardToo
 from offsite_ray.tune.trial import Shared
+from offsite_ray.tune.words import in_words, knob_in_words, other_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from offsite_ray.architectures import Notice
     from offsite_ray.config import SweepConfig
@@ -55,7 +57,7 @@ if TYPE_CHECKING:
     from offsite_ray.tune.plan import Job
     from offsite_ray.tune.search import Source
     from offsite_ray.tune.space import Point, Variant
-    from offsite_ray.tune.table import Row
+    from offsite_ray.tune.table import Row, Summary
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,8 +74,12 @@ class SweepResult:
     num_failed: int
     front: tuple[str, ...]
     """Points that no other is better than in every objective, in words."""
+    front_points: tuple[str, ...]
+    """The same by the name that the table's column ``point`` has."""
     winner: str | None
     """The point that a model owner would choose, in words."""
+    winner_point: str | None
+    """The same by the name that the table has."""
     recipe: str | None
     """Directory of the winner's bundle and recipe."""
     plug_in: float | None
@@ -112,6 +118,14 @@ class Sweep:
             return grid(self.variants)
         return draw(self.variants, self.config.num_points or 1, self.config.seed)
 
+    def records(self) -> list[Record]:
+        """Return the records of this sweep's jobs: others are of settings it had before."""
+        records = self.folders.records()
+        if self.config.search == "optuna":
+            return records
+        mine = {job.id for job in self.jobs()}
+        return [record for record in records if record["id"] in mine]
+
     def is_over(self, record: Record) -> bool:
         """Return whether a job is not run again: it is where it failed, or none is stopped now."""
         again = (FAILED,) if self.config.early_stop else (FAILED, STOPPED)
@@ -145,15 +159,19 @@ def sweep(config: SweepConfig, notice: Notice, watching: Callable[[Sweep], Watch
         watch: Watch = TensorBoardToo(planned.folders.tensorboard, watching(planned))
         if not config.keep_bundles:
             watch = PrunedToo(planned.folders, planned.planner, config.objectives, watch)
+        ran = config.search == "optuna" or num_left(planned) > 0
         try:
             whole = _run(planned, watch, notice)
         except KeyboardInterrupt:
             whole = False
-        result = finish(planned, time.perf_counter() - start, whole=whole)
+        result = finish(planned, time.perf_counter() - start, whole=whole, ran=ran)
     left = num_left(planned)
     if left or not whole:
         number = f"{left} jobs are" if left else "some jobs are"
-        notice(f"{number} left; the same command goes on with them")
+        notice(
+            f"{number} left; the same command goes on with them. What there is so far: "
+            f"{result.table}, {result.report}"
+        )
         raise KeyboardInterrupt
     return result
 
@@ -235,10 +253,12 @@ def _prepared(
 def _run(planned: Sweep, watch: Watch, notice: Notice) -> bool:
     """Run what is left; return whether every job came to an end."""
     config, folders = planned.config, planned.folders
-    records = folders.records()
+    records = planned.records()
     known = {record["id"]: record for record in records if planned.is_over(record)}
     if known:
         notice(f"{len(known)} jobs are finished already")
+    if others := len(folders.records()) - len(records):
+        notice(f"{others} results are of settings that the sweep has no more; they are left out")
     for record in records:
         if record["id"] not in known:
             folders.record_file(record["id"]).unlink()
@@ -259,6 +279,19 @@ def _run(planned: Sweep, watch: Watch, notice: Notice) -> bool:
 
         run_on_tune(source, planned.shared, watch, halving, config, planned.workers_per_trial)
     return source.done
+
+
+def _judged(
+    row: Row, worth_of: Mapping[str, float | None], best: Sequence[Summary], winner: Summary | None
+) -> Row:
+    """Return a row with what the point is worth beside the others."""
+    if row["role"] != "emulator":
+        return row
+    return row | {
+        "worth": worth_of.get(row["point"]),
+        "on_front": any(row["point"] == point.point for point in best),
+        "chosen": winner is not None and row["point"] == winner.point,
+    }
 
 
 def _source(planned: Sweep, known: dict[str, Any]) -> Source:
@@ -294,31 +327,38 @@ def num_left(planned: Sweep) -> int:
     return sum(planned.folders.record(job.id) is None for job in planned.jobs())
 
 
-def finish(planned: Sweep, seconds: float, *, whole: bool = True) -> SweepResult:
+def finish(planned: Sweep, seconds: float, *, whole: bool = True, ran: bool = True) -> SweepResult:
     """Write table, report and winner of what there is, and return it in short.
 
     Args:
         planned: The sweep.
         seconds: What it took.
         whole: Whether it came to its end; else nothing is made that takes long.
+        ran: Whether a job was run; else no bundle is removed: somebody only looks at what there is,
+            perhaps for other objectives.
     """
     from offsite_ray.tune.page import write_page
 
     config, folders = planned.config, planned.folders
-    records = folders.records()
+    records = planned.records()
     not_run = planned.planner.not_run(planned.points())
     of_bounds = records_of_bounds(not_run, records, planned.planner)
     rows = rows_of([*records, *of_bounds], planned.planner)
-    write_table(folders.table, rows)
     points = summaries(rows)
     best = front(points, config.objectives)
     winner = chosen(points, config.objectives, config.privacy_weight)
+    worth_of = worths(points, config.privacy_weight)
+    write_table(folders.table, [_judged(row, worth_of, best, winner) for row in rows])
     write_page(folders.report, config, rows, points, best, winner)
-    if not config.keep_bundles:
+    if ran and not config.keep_bundles:
         prune_bundles(folders, records, best)
     recipe = None
     if winner is not None:
         recipe = write_winner(folders, winner, config, planned.shared, may_make=whole)
+    others = other_settings([point.row for point in points])
+    words = {
+        point.point: in_words(point.row, other) for point, other in zip(points, others, strict=True)
+    }
     statuses = [record["status"] for record in records]
     mean = winner.mean if winner is not None else {}
     knob = how_much_to_distil(points, config.privacy_weight)
@@ -331,8 +371,10 @@ def finish(planned: Sweep, seconds: float, *, whole: bool = True) -> SweepResult
         num_finished=statuses.count(FINISHED),
         num_stopped=statuses.count(STOPPED),
         num_failed=statuses.count(FAILED),
-        front=tuple(in_words(point.row) for point in best),
-        winner=None if winner is None else in_words(winner.row),
+        front=tuple(words[point.point] for point in best),
+        front_points=tuple(point.point for point in best),
+        winner=None if winner is None else words[winner.point],
+        winner_point=None if winner is None else winner.point,
         recipe=None if recipe is None else str(recipe),
         plug_in=mean.get("plug_in_score") if plug_in is None else plug_in,
         utility_gap=mean.get("utility_gap"),
@@ -341,27 +383,4 @@ def finish(planned: Sweep, seconds: float, *, whole: bool = True) -> SweepResult
         distillation=tuple(knob),
         distil=None if best_knob is None else knob_in_words(best_knob),
         seconds=seconds,
-    )
-
-
-def in_words(row: Row) -> str:
-    """Return what tells a point from others, in a line."""
-    steps = row["distill_steps"]
-    parts = [
-        row["plan"],
-        row["select"],
-        None if row["compress"] in (None, "none") else row["compress"],
-        f"{steps} steps" if steps else "not distilled",
-        None if row["method"] in (None, "full") else row["method"],
-        None if row["learning_rate"] is None else f"lr {row['learning_rate']:g}",
-    ]
-    return ", ".join(str(part) for part in parts if part)
-
-
-def knob_in_words(row: Distilled) -> str:
-    """Return how much is distilled at a setting of the knob, and what it costs and protects."""
-    utility = row.utility_gap if row.bound_gap is None else row.bound_gap
-    return (
-        f"{row.distill_steps} steps of {row.num_emulator_blocks} emulator blocks ({row.select}): "
-        f"utility gap {utility:.3f}, privacy gap {row.privacy_gap:.3f}"
     )

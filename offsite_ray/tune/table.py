@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-_TEXT, _WHOLE, _NUMBER = pa.string(), pa.int64(), pa.float64()
+_TEXT, _WHOLE, _NUMBER, _FLAG = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 
 MEASURES = tuple(f"{setting}_{unit}" for setting in SETTINGS for unit in ("nats", "score"))
 """Columns of what was measured: nats per token, and the tasks' mean score, of each setting."""
@@ -63,6 +63,9 @@ COLUMNS: dict[str, pa.DataType] = {
     "num_trained": _WHOLE,
     **dict.fromkeys(MEASURES, _NUMBER),
     **dict.fromkeys(GAPS, _NUMBER),
+    "worth": _NUMBER,
+    "on_front": _FLAG,
+    "chosen": _FLAG,
     "gap_metric": _TEXT,
     "distill_loss": _NUMBER,
     "compress_seconds": _NUMBER,
@@ -169,7 +172,7 @@ def _summary(point: str, rows: list[Row], ends: Mapping[tuple[str, str], int]) -
     mean: dict[str, float | None] = {}
     spread: dict[str, float | None] = {}
     for name, kind in COLUMNS.items():
-        if kind == _TEXT:
+        if kind in (_TEXT, _FLAG):
             continue
         values = [row.get(name) for row in rows]
         known = [float(value) for value in values if value is not None]
