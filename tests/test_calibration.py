@@ -229,6 +229,37 @@ def test_greedy_drops_the_block_without_which_the_model_is_best(loop: Loop, tmp_
     assert made.emulator == tuple(block for block in range(1, 5) if block != best)
 
 
+def test_greedy_evaluates_each_set_of_blocks_once(
+    loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    calls: list[tuple[int, ...]] = []
+    evaluate_once = PartialLoss.__call__
+
+    def counted(self: PartialLoss, dropped: Any) -> float:
+        calls.append(tuple(sorted(dropped)))
+        return evaluate_once(self, dropped)
+
+    monkeypatch.setattr(PartialLoss, "__call__", counted)
+
+    def made(name: str, plan: str) -> tuple[int, ...]:
+        given = config(loop.model, tmp_path / name, loop.text, plan=plan, select="greedy")
+        return compress(given).emulator
+
+    kept = made("two", "1-2-1")
+    assert sorted(map(len, calls)) == [1] * 4 + [2] * 3
+    assert len(set(calls)) == 7
+    del calls[:]
+    assert made("again", "1-2-1") == kept
+    assert set(kept) < set(made("three", "1-3-1"))
+    assert calls == [], "a smaller drop is the beginning of a larger one"
+    assert set(made("one", "1-1-1")) < set(kept)
+    assert [len(dropped) for dropped in calls] == [3, 3], "a larger one goes on from it"
+    (file,) = (tmp_path / "cache" / "offsite_ray" / "calibration").glob("*-losses.json")
+    file.write_text("{")
+    assert made("damaged", "1-2-1") == kept
+
+
 def test_what_the_plan_names_is_said_to_be_explicit(loop: Loop, tmp_path: Path) -> None:
     given = CompressConfig(
         model=str(loop.model), plan="adapter=0,5 emulator=2", out=str(tmp_path / "bundle")

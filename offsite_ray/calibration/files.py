@@ -1,16 +1,79 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files with what was found of each block: kept in a folder, or as long as somebody needs them."""
+"""What was found of a model on a text, in files: kept in the user's cache, by model and text."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import shutil
 import tempfile
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors.torch import load_file
+
+from offsite_ray.bundle import atomic_file, specs, user_cache, write_file
+from offsite_ray.errors import StorageError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
+
+    from torch import Tensor
+
+
+class Kept:
+    """The files of one model and text; none, where there is no cache that takes them."""
+
+    def __init__(self, key: str) -> None:
+        """Take what the names of the files begin with: a digest of model and text."""
+        self._key = key
+
+    def folder(self, what: str) -> Path | None:
+        """Return a folder for something, which need not be there; None: it cannot be kept."""
+        folder = user_cache("calibration")
+        return folder / f"{self._key}{what}" if folder is not None and _takes(folder) else None
+
+    def tensors(self, what: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return tensors as they were kept, or computed and kept from then on."""
+        folder = user_cache("calibration")
+        file = None if folder is None else folder / f"{self._key}{what}.safetensors"
+        if file is not None and file.is_file():
+            return load_file(file)
+        found = compute()
+        if file is not None:
+            # Where it cannot be kept, it is computed again.
+            with contextlib.suppress(StorageError), atomic_file(file) as tmp:
+                write_file(tmp, specs(found))
+        return found
+
+    def number(self, what: str, name: str, compute: Callable[[], float]) -> float:
+        """Return one of several numbers as it was kept, or computed and kept from then on."""
+        folder = user_cache("calibration")
+        file = None if folder is None else folder / f"{self._key}{what}.json"
+        known = {} if file is None else _numbers(file)
+        if name not in known:
+            known[name] = compute()
+            if file is not None:
+                with contextlib.suppress(StorageError), atomic_file(file) as tmp:
+                    tmp.write_text(json.dumps(known, indent=1), encoding="utf-8")
+        return known[name]
+
+
+def _numbers(file: Path) -> dict[str, float]:
+    """Return the numbers of a file by name; of one that is missing or damaged, none."""
+    try:
+        return {str(name): float(n) for name, n in json.loads(file.read_text("utf-8")).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _takes(folder: Path) -> bool:
+    """Return whether files can be kept in a folder, which is made if need be."""
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return os.access(folder, os.W_OK)
 
 
 def block_files(

@@ -53,7 +53,8 @@ class PartialLoss:
         set_blocks(self._model, full.arch, nn.ModuleList(blocks))
         self._blocks = blocks
         self._batches = batches
-        self(())  # so that every block knows the form of its output
+        with torch.no_grad():  # so that every block knows the form of its output
+            self._model(input_ids=batches[0][:1].to(self._device), use_cache=False)
 
     @torch.no_grad()
     def __call__(self, dropped: Collection[int]) -> float:

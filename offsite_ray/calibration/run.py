@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import tempfile
 from functools import cached_property
 from pathlib import Path
@@ -12,10 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
-from offsite_ray.bundle import atomic_file, fingerprint, specs, user_cache, write_file
-from offsite_ray.bundle.digest import digest_plain
+from offsite_ray.bundle import digest_plain, fingerprint
+from offsite_ray.calibration.files import Kept
 from offsite_ray.calibration.gradients import GradientScores
 from offsite_ray.calibration.losses import PartialLoss
 from offsite_ray.calibration.moments import InputMoments
@@ -26,12 +23,12 @@ from offsite_ray.calibration.replacement import (
 )
 from offsite_ray.calibration.signals import BlockSignals, block_signals
 from offsite_ray.data import IGNORED, all_blocks
-from offsite_ray.errors import DataError, StorageError
+from offsite_ray.errors import DataError
 from offsite_ray.results import to_plain
 from offsite_ray.training.sources import prepared_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from torch import Tensor
 
@@ -70,12 +67,14 @@ class Calibration:
         self._training = training
         self._batches = torch.split(rows, max(1, _BATCH_TOKENS // rows.shape[1]))
         self.recipe = {"data": data, "num_sequences": len(rows), "seq_len": rows.shape[1]}
-        self._key = digest_plain(
-            {
-                "version": _VERSION,
-                "model": to_plain(fingerprint(full.path, full.weights, {})),
-                "rows": rows.tolist(),
-            }
+        self._kept = Kept(
+            digest_plain(
+                {
+                    "version": _VERSION,
+                    "model": to_plain(fingerprint(full.path, full.weights, {})),
+                    "rows": rows.tolist(),
+                }
+            )
         )
         self._known: dict[tuple[int, ...], float] = {}
         self._learnt: dict[str, Replacement] = {}
@@ -96,7 +95,8 @@ class Calibration:
         """Return the loss without some of the blocks; see :class:`PartialLoss`."""
         key = tuple(sorted(dropped))
         if key not in self._known:
-            self._known[key] = self._partial_loss(key)
+            name = ",".join(map(str, key))
+            self._known[key] = self._kept.number("-losses", name, lambda: self._partial_loss(key))
         return self._known[key]
 
     def scores(self, middle: Sequence[int], num_kept: int) -> Mapping[int, float]:
@@ -113,15 +113,13 @@ class Calibration:
             return learnt.tensors()
 
         if key not in self._learnt:
-            tensors = self._remembered(f"-replace-{key}", learn)
+            tensors = self._kept.tensors(f"-replace-{key}", learn)
             self._learnt[key] = Replacement.of(middle, tensors)
         return self._learnt[key]
 
     def statistics(self, need: Need, blocks: Collection[int]) -> InputMoments | GradientScores:
         """Return what there is to say of the matrices of some blocks."""
-        folder = user_cache("calibration")
-        kept = folder / f"{self._key}-{need}" if folder is not None and _takes(folder) else None
-        return _SOURCES[need](self._full, self._batches, blocks, kept)
+        return _SOURCES[need](self._full, self._batches, blocks, self._kept.folder(f"-{need}"))
 
     @cached_property
     def _signals(self) -> BlockSignals:
@@ -129,20 +127,7 @@ class Calibration:
             found = block_signals(self._full, self._batches)
             return {name: getattr(found, name) for name in BlockSignals.__slots__}
 
-        return BlockSignals(**self._remembered("", signals))
-
-    def _remembered(self, what: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Return tensors from the user's cache, or computed and kept there."""
-        folder = user_cache("calibration")
-        file = None if folder is None else folder / f"{self._key}{what}.safetensors"
-        if file is not None and file.is_file():
-            return load_file(file)
-        found = compute()
-        if file is not None:
-            # Where it cannot be kept, it is computed again.
-            with contextlib.suppress(StorageError), atomic_file(file) as tmp:
-                write_file(tmp, specs(found))
-        return found
+        return BlockSignals(**self._kept.tensors("", signals))
 
     @cached_property
     def _partial_loss(self) -> PartialLoss:
@@ -170,13 +155,6 @@ def calibrate(full: FullModel, config: CompressConfig, notice: Notice | None) ->
             rank=config.harmonizer_rank, steps=config.harmonizer_steps, seed=config.seed
         )
         return Calibration(full, rows, data.digest, training)
-
-
-def _takes(folder: Path) -> bool:
-    """Return whether files can be kept in a folder, which is made if need be."""
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    return os.access(folder, os.W_OK)
 
 
 def _draw(path: Path, count: int, seed: int) -> Tensor:
