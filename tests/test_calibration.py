@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import math
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -180,7 +184,7 @@ def test_the_same_seed_and_text_choose_the_same_and_the_cache_is_used(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     given = {"select": "block_influence"}
     first = compress(config(loop.model, tmp_path / "a", loop.text, **given))
-    (cached,) = (tmp_path / "cache" / "offsite_ray" / "calibration").iterdir()
+    (cached,) = (tmp_path / "cache" / "offsite_ray" / "calibration").glob("[!.]*")
     monkeypatch.setattr("offsite_ray.calibration.run.block_signals", None)
     again = compress(config(loop.model, tmp_path / "b", loop.text, **given))
     assert again.emulator == first.emulator
@@ -188,7 +192,7 @@ def test_the_same_seed_and_text_choose_the_same_and_the_cache_is_used(
     full = open_full_model(other)
     with pytest.raises(TypeError):
         calibrate(full, config(other, tmp_path / "c", loop.text), None).influence(0)
-    assert list(cached.parent.iterdir()) == [cached]
+    assert list(cached.parent.glob("[!.]*")) == [cached]
 
 
 def test_what_is_missing_is_said(loop: Loop, tmp_path: Path) -> None:
@@ -258,6 +262,43 @@ def test_greedy_evaluates_each_set_of_blocks_once(
     (file,) = (tmp_path / "cache" / "offsite_ray" / "calibration").glob("*-losses.json")
     file.write_text("{")
     assert made("damaged", "1-2-1") == kept
+
+
+@pytest.mark.parametrize(
+    ("computes", "ask"),
+    [
+        ("run.block_signals", lambda found: found.influence(0)),
+        ("run.PartialLoss", lambda found: found.loss([2])),
+        ("run.learn_replacement", lambda found: found.scores([1, 2, 3], 2)),
+        ("moments.blockwise_forward", lambda found: len(found.statistics("inputs", [1])._found)),
+    ],
+)
+def test_of_many_who_ask_at_once_one_computes(
+    loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, computes: str, ask: Any
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    full = open_full_model(loop.model)
+    given = config(loop.model, tmp_path / "none", loop.text, harmonizer_steps=2)
+    asking = [calibrate(full, given, None) for _ in range(3)]
+    module, name = computes.split(".")
+    own = importlib.import_module(f"offsite_ray.calibration.{module}")
+    compute, times = getattr(own, name), []
+    start = threading.Barrier(len(asking))
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        times.append(1)
+        time.sleep(0.2)  # the others are there by now, and would compute as well
+        return compute(*args, **kwargs)
+
+    def one(calibration: Any) -> Any:
+        start.wait()
+        return ask(calibration)
+
+    monkeypatch.setattr(own, name, counted)
+    with ThreadPoolExecutor(len(asking)) as pool:
+        answers = list(pool.map(one, asking))
+    assert answers == [answers[0]] * 3
+    assert times == [1]
 
 
 def test_what_the_plan_names_is_said_to_be_explicit(loop: Loop, tmp_path: Path) -> None:
