@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from offsite_ray.calibration import BlockSignals, block_signals, blockwise_forward, calibrate
 from offsite_ray.calibration.losses import PartialLoss
+from offsite_ray.calibration.text import as_trained, batches_of
 from offsite_ray.config import CompressConfig, EvaluateConfig
 from offsite_ray.data import write_blocks
 from offsite_ray.emulator import compress, open_bundle
@@ -26,8 +27,18 @@ from offsite_ray.evaluation import evaluate
 from offsite_ray.full_model import open_full_model
 from offsite_ray.selection import SELECTION_METHODS
 from tests.adapters import make_adapter
+from tests.calibrations import (
+    NOT_APART,
+    SIX,
+    batches,
+    documents,
+    mean_loss,
+    packed,
+    tokens_of,
+)
 from tests.stock import blocks_in, put_blocks, stock
-from tests.tiny_models import FAMILIES, NUM_BLOCKS, save_tiny
+from tests.texts import write_rows
+from tests.tiny_models import END_OF_TEXT, FAMILIES, NUM_BLOCKS, save_tiny, tiny_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,11 +50,6 @@ if TYPE_CHECKING:
 CALIBRATED = [
     name for name, row in SELECTION_METHODS.items() if row.needs_text and not row.replaces
 ]
-SIX = ("gpt2", "opt", "bloom", "llama", "qwen3", "gemma3_text")
-
-
-def rows(count: int = 5, length: int = 12) -> Tensor:
-    return torch.randint(0, 128, (count, length), generator=torch.Generator().manual_seed(1))
 
 
 def stock_states(model: Any, tokens: Tensor) -> list[Tensor]:
@@ -69,13 +75,13 @@ def stock_states(model: Any, tokens: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_block_by_block_is_the_model(tmp_path: Path, family: str) -> None:
     model = save_tiny(family, tmp_path / "model", max_shard_size=20_000)
-    tokens = rows()
+    tokens = tokens_of(5, 12)
     seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def see(index: int, before: Tensor, after: Tensor) -> None:
         seen.setdefault(index, []).append((before, after))
 
-    blockwise_forward(open_full_model(model), torch.split(tokens, 2), see)
+    blockwise_forward(open_full_model(model), batches(tokens), see)
     assert list(seen) == list(range(NUM_BLOCKS))
     states = stock_states(stock(model), tokens)
     for index, pairs in seen.items():
@@ -86,8 +92,8 @@ def test_block_by_block_is_the_model(tmp_path: Path, family: str) -> None:
 
 def test_the_signals_are_what_they_are_said_to_be(tmp_path: Path) -> None:
     model = save_tiny("llama", tmp_path / "model")
-    tokens = rows()
-    found = block_signals(open_full_model(model), torch.split(tokens, 2))
+    tokens = tokens_of(5, 12)
+    found = block_signals(open_full_model(model), batches(tokens))
     states = stock_states(stock(model), tokens)
     for block in range(NUM_BLOCKS):
         cosine = F.cosine_similarity(states[block], states[block + 1], dim=-1)
@@ -113,10 +119,50 @@ def test_signals_by_hand() -> None:
 
 
 @pytest.mark.parametrize("family", SIX)
+def test_documents_in_a_row_do_not_see_each_other(tmp_path: Path, family: str) -> None:
+    full = open_full_model(save_tiny(family, tmp_path / "model"))
+    given = batches_of(as_trained(packed(tokens_of()), full))
+    assert ("position_ids" in given[0]) is (family not in NOT_APART)
+    whole: Any = stock(full.path)
+    assert PartialLoss(full, given)([]) == pytest.approx(mean_loss(whole, given), rel=1e-5)
+    seen: list[Tensor] = []
+    blockwise_forward(full, given, lambda _index, _before, after: seen.append(after))
+    alone = [stock_states(whole, tokens)[-1] for batch in given for tokens, _ in documents(batch)]
+    expected = torch.cat([states[0] for states in alone])
+    torch.testing.assert_close(seen[-1].flatten(0, 1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_row_must_be_to_be_drawn(loop: Loop, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a" * 40, "completion": "b"},  # fills a row and predicts nothing
+        {"text": "c" * 14},  # fifteen with its end: the next begins at the end of the row
+        {"text": "d" * 10},
+        {"prompt": "e", "completion": "f" * 12},  # no room for it: the row before it is padded
+        {"prompt": "h", "completion": "i" * 10},  # and so is that of the one before this
+        {"text": "j" * 12},
+    ]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    write_blocks([str(tmp_path / "rows.jsonl")], loop.model, 16, tmp_path / "data")
+    given = config(loop.model, tmp_path / "out", tmp_path / "data", calibration_seq_len=None)
+    drawn = calibrate(open_full_model(loop.model), given, None)
+    texts = sorted(tiny_tokenizer().decode(row["input_ids"].tolist()) for row in drawn._rows)
+    end = END_OF_TEXT
+    assert texts == [f"{'c' * 14}{end}d", f"h{'i' * 10}{end}jjjj"]
+
+
+def test_a_text_of_one_document_is_read_as_ever(loop: Loop, tmp_path: Path) -> None:
+    given = config(loop.model, tmp_path / "out", loop.text)
+    drawn = calibrate(open_full_model(loop.model), given, None)
+    for batch in drawn._batches:
+        assert set(batch) == {"input_ids", "labels"}
+        assert torch.equal(batch["labels"][:, 1:], batch["input_ids"][:, 1:])
+
+
+@pytest.mark.parametrize("family", SIX)
 def test_the_loss_without_some_blocks(tmp_path: Path, family: str) -> None:
     model = save_tiny(family, tmp_path / "model")
-    tokens = rows()
-    loss = PartialLoss(open_full_model(model), torch.split(tokens, 2))
+    tokens = tokens_of(5, 12)
+    loss = PartialLoss(open_full_model(model), batches(tokens))
     whole: Any = stock(model)
     with torch.no_grad():
         expected = whole(input_ids=tokens, labels=tokens, use_cache=False).loss
@@ -171,9 +217,9 @@ def test_every_method_makes_a_bundle_of_every_family(
         for name, tensor in full[index].state_dict().items():
             assert torch.equal(own[name], tensor)
     with torch.no_grad():
-        plain = emulator(input_ids=rows(), use_cache=False).logits
-    generated = emulator.generate(rows(1), max_new_tokens=4, do_sample=False, use_cache=True)
-    again = emulator.generate(rows(1), max_new_tokens=4, do_sample=False, use_cache=False)
+        plain = emulator(input_ids=tokens_of(), use_cache=False).logits
+    generated = emulator.generate(tokens_of(1), max_new_tokens=4, do_sample=False, use_cache=True)
+    again = emulator.generate(tokens_of(1), max_new_tokens=4, do_sample=False, use_cache=False)
     assert torch.equal(generated, again), "each copy has a cache of its own"
     assert bool(torch.isfinite(plain).all())
 
@@ -343,4 +389,4 @@ def test_blocks_that_need_each_other_are_refused(
     full = open_full_model(save_tiny("llama", tmp_path / "model"))
     monkeypatch.setattr(full.config, "num_kv_shared_layers", 2, raising=False)
     with pytest.raises(FamilyError, match="shares keys and values between blocks"):
-        blockwise_forward(full, [rows()], lambda *_: None)
+        blockwise_forward(full, batches(tokens_of()), lambda *_: None)

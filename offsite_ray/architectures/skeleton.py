@@ -119,13 +119,14 @@ class Skeleton:
             raise IntegrityError(f"tensor {wrong[0]!r} is missing, unknown or of the wrong shape")
         self.model: Any = model.eval()
 
-    def begin(self, input_ids: Tensor) -> tuple[Tensor, list[BlockCall]]:
+    def begin(self, input_ids: Tensor, **positions: Tensor) -> tuple[Tensor, list[BlockCall]]:
         """Return the hidden states before the first block ``(B, T, H)``, and each block's call.
 
         Args:
             input_ids: ``(B, T)``, nothing of it padding.
+            **positions: ``position_ids``, ``(B, T)``, where documents are packed.
         """
         self._notes.hidden, self._notes.calls = None, []
-        self.model.base_model(input_ids=input_ids, use_cache=False)
+        self.model.base_model(input_ids=input_ids, use_cache=False, **positions)
         assert self._notes.hidden is not None
         return self._notes.hidden, self._notes.calls

@@ -10,6 +10,7 @@ import torch
 
 from offsite_ray.architectures import Skeleton, block_model, get_blocks
 from offsite_ray.bundle import TORCH_DTYPES
+from offsite_ray.calibration.text import inputs_of
 from offsite_ray.errors import FamilyError
 
 if TYPE_CHECKING:
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from offsite_ray.full_model import FullModel
+    from offsite_ray.training.protocols import Batch
 
 
 @torch.no_grad()
 def blockwise_forward(
     full: FullModel,
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     see: Callable[[int, Tensor, Tensor], None],
     device: torch.device | None = None,
     around: Callable[[int, nn.Module], AbstractContextManager[None]] | None = None,
@@ -35,7 +37,7 @@ def blockwise_forward(
 
     Args:
         full: The full model, on disk.
-        batches: ``(B, T)`` each; as many as fit through a block at once.
+        batches: Rows of text, nothing of it padding; each as many as fit through a block at once.
         see: Told of each block and batch, the blocks in order: the hidden states ``(B, T, H)``
             before and behind it.
         device: Where blocks run; by default a GPU if there is one.
@@ -55,7 +57,7 @@ def blockwise_forward(
     outside = {name: full.weights.read(name) for name in names if full.arch.block_of(name) is None}
     skeleton = Skeleton(full.config, full.arch, outside, _dtype(full))
     skeleton.model.to(device)
-    begun = [skeleton.begin(batch.to(device)) for batch in batches]
+    begun = [skeleton.begin(**inputs_of(batch, device)) for batch in batches]
     states = [hidden for hidden, _ in begun]
     for index, block in _blocks(full, device):
         with nullcontext() if around is None else around(index, block):

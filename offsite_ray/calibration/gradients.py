@@ -23,6 +23,7 @@ from offsite_ray.architectures import (
 )
 from offsite_ray.bundle import TensorDirectory, atomic_file, specs, write_file
 from offsite_ray.calibration.files import block_files
+from offsite_ray.calibration.text import inputs_of
 from offsite_ray.compression import MatrixStatistics
 from offsite_ray.compression.gradient_preserving import (
     ScoredMatrix,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from offsite_ray.full_model import FullModel
+    from offsite_ray.training.protocols import Batch
 
 _MOMENT_BYTES = 2 * 2**30
 """Of the moments that are in memory at once, unless those of one block are more."""
@@ -53,7 +55,7 @@ class GradientScores:
     def __init__(
         self,
         full: FullModel,
-        batches: Sequence[Tensor],
+        batches: Sequence[Batch],
         blocks: Collection[int],
         folder: Path | None,
     ) -> None:
@@ -61,7 +63,7 @@ class GradientScores:
 
         Args:
             full: The full model, which fits into memory.
-            batches: ``(B, T)`` each, nothing of it padding.
+            batches: Rows of text, nothing of it padding.
             blocks: Those whose matrices are wanted.
             folder: Where the scores are kept and looked for; None: as long as this object is.
         """
@@ -93,17 +95,16 @@ def _read(file: Path) -> dict[str, MatrixStatistics]:
     return found
 
 
-def _write(full: FullModel, batches: Sequence[Tensor], files: Mapping[int, Path]) -> None:
+def _write(full: FullModel, batches: Sequence[Batch], files: Mapping[int, Path]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = load_model(full.path, device=device)
     model.requires_grad_(False)
     on_disk = stored_alone(full.config, full.arch, full.weights.tensors)
     blocks = get_blocks(model, full.arch)
-    rows = [batch.to(device) for batch in batches]
     at_once = max(1, _MOMENT_BYTES // max(1, _moment_bytes(blocks[min(files)])))
     for start in range(0, len(files), at_once):
         indices = sorted(files)[start : start + at_once]
-        scored = _scored(model, {index: linear_layers(blocks[index]) for index in indices}, rows)
+        scored = _scored(model, {index: linear_layers(blocks[index]) for index in indices}, batches)
         for index, matrices in scored.items():
             prefix = f"{full.arch.family.blocks}.{index}."
             names = {path: on_disk.get(f"{prefix}{path}.weight") for path in matrices}
@@ -139,7 +140,7 @@ def _scores(
 
 
 def _scored(
-    model: Any, layers: Mapping[int, Mapping[str, nn.Module]], batches: Sequence[Tensor]
+    model: Any, layers: Mapping[int, Mapping[str, nn.Module]], batches: Sequence[Batch]
 ) -> dict[int, dict[str, ScoredMatrix]]:
     """Return the matrices of some blocks' layers with their moments and gradients, per token."""
     sums = {
@@ -148,9 +149,10 @@ def _scored(
     }
     for batch in batches:
         with torch.enable_grad():
-            logits = model(input_ids=batch, use_cache=False).logits
-            torch.autograd.backward(sum_cross_entropy(logits, batch))
-    num_tokens = sum(batch.numel() for batch in batches)
+            logits = model(**inputs_of(batch, model.device), use_cache=False).logits
+            labels = batch["labels"].to(model.device)
+            torch.autograd.backward(sum_cross_entropy(logits, labels))
+    num_tokens = sum(batch["input_ids"].numel() for batch in batches)
     return {
         index: {path: each.result(num_tokens) for path, each in of_block.items()}
         for index, of_block in sums.items()

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from offsite_ray.architectures import StandIn, get_blocks, load_model, set_blocks
+from offsite_ray.calibration.text import inputs_of, targets_in
 from offsite_ray.training.batches import sum_cross_entropy
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from offsite_ray.full_model import FullModel
+    from offsite_ray.training.protocols import Batch
 
 
 class _Switched(StandIn):
@@ -40,12 +42,12 @@ class _Switched(StandIn):
 class PartialLoss:
     """The loss of a model in memory without some of its blocks, on the same text."""
 
-    def __init__(self, full: FullModel, batches: Sequence[Tensor]) -> None:
+    def __init__(self, full: FullModel, batches: Sequence[Batch]) -> None:
         """Load the full model.
 
         Args:
             full: The full model, which fits into memory.
-            batches: ``(B, T)`` each, nothing of it padding.
+            batches: Rows of text, nothing of it padding.
         """
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model: Any = load_model(full.path, device=self._device)
@@ -54,7 +56,7 @@ class PartialLoss:
         self._blocks = blocks
         self._batches = batches
         with torch.no_grad():  # so that every block knows the form of its output
-            self._model(input_ids=batches[0][:1].to(self._device), use_cache=False)
+            self._model(input_ids=batches[0]["input_ids"][:1].to(self._device), use_cache=False)
 
     @torch.no_grad()
     def __call__(self, dropped: Collection[int]) -> float:
@@ -63,7 +65,7 @@ class PartialLoss:
             block.on = index not in dropped
         total = torch.zeros((), dtype=torch.float64)
         for batch in self._batches:
-            ids = batch.to(self._device)
-            logits = self._model(input_ids=ids, use_cache=False).logits
-            total += sum_cross_entropy(logits, ids).double().cpu()
-        return float(total) / sum(batch[:, 1:].numel() for batch in self._batches)
+            logits = self._model(**inputs_of(batch, self._device), use_cache=False).logits
+            labels = batch["labels"].to(self._device)
+            total += sum_cross_entropy(logits, labels).double().cpu()
+        return float(total) / targets_in(self._batches)

@@ -8,9 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-
+from offsite_ray.architectures import load_tokenizer
 from offsite_ray.bundle import digest_plain, fingerprint
 from offsite_ray.calibration.files import Kept
 from offsite_ray.calibration.gradients import GradientScores
@@ -22,8 +20,7 @@ from offsite_ray.calibration.replacement import (
     learn_replacement,
 )
 from offsite_ray.calibration.signals import BlockSignals, block_signals
-from offsite_ray.data import IGNORED, all_blocks
-from offsite_ray.errors import DataError
+from offsite_ray.calibration.text import as_trained, batches_of, draw_rows
 from offsite_ray.results import to_plain
 from offsite_ray.training.sources import prepared_for
 
@@ -37,9 +34,7 @@ if TYPE_CHECKING:
     from offsite_ray.config import CompressConfig
     from offsite_ray.full_model import FullModel
 
-_BATCH_TOKENS = 8192
-"""Of what goes through a block at once."""
-_VERSION = 1
+_VERSION = 2
 """Of what the cache holds."""
 
 _SOURCES: dict[Need, type[InputMoments] | type[GradientScores]] = {
@@ -52,27 +47,32 @@ class Calibration:
     """What the full model says of its blocks on a text; each thing computed when it is asked."""
 
     def __init__(
-        self, full: FullModel, rows: Tensor, data: str | None, training: HarmonizerTraining
+        self,
+        full: FullModel,
+        rows: Sequence[Mapping[str, Tensor]],
+        data: str | None,
+        training: HarmonizerTraining,
     ) -> None:
         """Take the text.
 
         Args:
             full: The full model, on disk.
-            rows: ``(N, T)``, nothing of it padding.
+            rows: Of prepared data, nothing of it padding.
             data: Digest of the prepared data that the rows are of.
             training: How harmonizers are trained, if somebody asks for them.
         """
         self._full = full
-        self._rows = rows
+        self._rows = as_trained(rows, full)
         self._training = training
-        self._batches = torch.split(rows, max(1, _BATCH_TOKENS // rows.shape[1]))
-        self.recipe = {"data": data, "num_sequences": len(rows), "seq_len": rows.shape[1]}
+        self._batches = batches_of(self._rows)
+        seq_len = len(rows[0]["input_ids"])
+        self.recipe = {"data": data, "num_sequences": len(rows), "seq_len": seq_len}
         self._kept = Kept(
             digest_plain(
                 {
                     "version": _VERSION,
                     "model": to_plain(fingerprint(full.path, full.weights, {})),
-                    "rows": rows.tolist(),
+                    "batches": [{n: t.tolist() for n, t in b.items()} for b in self._batches],
                 }
             )
         )
@@ -150,26 +150,9 @@ def calibrate(full: FullModel, config: CompressConfig, notice: Notice | None) ->
             Path(folder),
             notice,
         )
-        rows = _draw(data.path, config.calibration_sequences, config.seed)
+        pad = int(load_tokenizer(full.path).pad_token_id or 0)
+        rows = draw_rows(data.path, config.calibration_sequences, config.seed, pad)
         training = HarmonizerTraining(
             rank=config.harmonizer_rank, steps=config.harmonizer_steps, seed=config.seed
         )
         return Calibration(full, rows, data.digest, training)
-
-
-def _draw(path: Path, count: int, seed: int) -> Tensor:
-    """Return ``count`` rows of prepared data drawn by a seed (or all), of those without padding."""
-    blocks = all_blocks(path)
-    found: list[Tensor] = []
-    for index in np.random.default_rng(seed).permutation(len(blocks)):
-        row = blocks[int(index)]
-        if int(row["labels"][-1]) != IGNORED:
-            found.append(row["input_ids"])
-        if len(found) == count:
-            break
-    if not found:
-        raise DataError(
-            f"{path} has no row that text fills to its end; calibrate on running text, or on "
-            "shorter rows (--calibration-seq-len)"
-        )
-    return torch.stack(found)
