@@ -3,16 +3,22 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
+from offsite_ray.architectures import block_model
+from offsite_ray.calibration import forward
 from offsite_ray.calibration.text import batches_of
+from tests.stock import blocks_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import pytest
     from torch import Tensor
 
     from offsite_ray.training.protocols import Batch
@@ -79,3 +85,26 @@ def mean_loss(model: Any, given: list[Batch]) -> float:
     pairs = [pair for batch in given for pair in documents(batch)]
     count = sum(int((labels[:, 1:] != -100).sum()) for _, labels in pairs)
     return sum(float(summed_loss(model, *pair)) for pair in pairs) / count
+
+
+def read_blocks(monkeypatch: pytest.MonkeyPatch, most: int = 1) -> list[int]:
+    """Return a list that gets the index of each block that is read from the disk.
+
+    Args:
+        monkeypatch: Undoes it.
+        most: Blocks that may be in memory when another is read.
+    """
+    found: list[int] = []
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    read = block_model
+
+    def counted(config: Any, arch: Any, indices: Any, disk: Any) -> Any:
+        found.extend(indices)
+        gc.collect()
+        assert len(alive) <= most
+        model = read(config, arch, indices, disk)
+        alive.add(blocks_in(model)[0])
+        return model
+
+    monkeypatch.setattr(forward, "block_model", counted)
+    return found

@@ -34,6 +34,7 @@ from tests.calibrations import (
     documents,
     mean_loss,
     packed,
+    read_blocks,
     tokens_of,
 )
 from tests.stock import blocks_in, put_blocks, stock
@@ -81,13 +82,15 @@ def test_block_by_block_is_the_model(tmp_path: Path, family: str) -> None:
     def see(index: int, before: Tensor, after: Tensor) -> None:
         seen.setdefault(index, []).append((before, after))
 
-    blockwise_forward(open_full_model(model), batches(tokens), see)
+    full, given = open_full_model(model), batches(tokens)
+    blockwise_forward(full, given, see)
     assert list(seen) == list(range(NUM_BLOCKS))
     states = stock_states(stock(model), tokens)
     for index, pairs in seen.items():
         before, after = (torch.cat(each) for each in zip(*pairs, strict=True))
         torch.testing.assert_close(before, states[index], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(after, states[index + 1], rtol=1e-5, atol=1e-6)
+    assert PartialLoss(full, given)([]) == pytest.approx(mean_loss(stock(model), given), rel=1e-5)
 
 
 def test_the_signals_are_what_they_are_said_to_be(tmp_path: Path) -> None:
@@ -179,6 +182,40 @@ def test_the_loss_without_some_blocks(tmp_path: Path, family: str) -> None:
     with torch.no_grad():
         expected = whole(input_ids=tokens, labels=tokens, use_cache=False).loss
     assert loss(dropped) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_loss_goes_on_from_the_block_that_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, given = open_full_model(save_tiny("llama", tmp_path / "model")), batches(tokens_of())
+    monkeypatch.setattr("offsite_ray.calibration.losses._HELD_BYTES", 0)
+    blocks = read_blocks(monkeypatch)
+    loss = PartialLoss(full, given)
+    for dropped, expected in [
+        ([], [0, 1, 2, 3, 4, 5]),
+        ([1], [0, 2, 3, 4, 5]),
+        ([2], [1, 3, 4, 5]),
+        ([4], [2, 3, 5]),
+        ([2, 1], [0, 3, 4, 5]),  # block 2 was not dropped below block 4
+        ([2, 3], [1, 4, 5]),
+        ([2, 5], [3, 4]),
+        ([], [0, 1, 2, 3, 4, 5]),
+    ]:
+        del blocks[:]
+        found = loss(dropped)
+        assert blocks == expected
+        assert found == PartialLoss(full, given)(dropped)
+
+
+def test_a_model_that_is_small_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = read_blocks(monkeypatch, most=5)
+    loss = PartialLoss(open_full_model(save_tiny("gpt2", tmp_path / "model")), batches(tokens_of()))
+    losses = [loss(dropped) for dropped in ([], [1], [2], [])]
+    assert losses[0] == losses[3]
+    assert len(set(losses)) == 3
+    assert blocks == [0, 1, 2, 3, 4, 5]
 
 
 def _unchanged(family: str) -> Any:

@@ -20,7 +20,7 @@ from offsite_ray.compression.gradient_preserving import (
 from offsite_ray.compression.low_rank import kept_rank
 from offsite_ray.emulator import open_bundle
 from offsite_ray.full_model import open_full_model
-from tests.calibrations import SIX, batches, documents, packed, summed_loss, tokens_of
+from tests.calibrations import SIX, batches, documents, packed, read_blocks, summed_loss, tokens_of
 from tests.stock import blocks_in, logits_of, stock
 from tests.test_input_moments import aware, layers_of
 from tests.tiny_models import save_tiny
@@ -99,21 +99,22 @@ def test_the_scores_are_those_of_stock_gradients(
     model, tokens = save_tiny(family, tmp_path / "model"), tokens_of(4)
     full = open_full_model(model)
     given = batches_of(as_trained(packed(tokens), full)) if several else batches(tokens, 3)
-    found = GradientScores(full, given, [1], tmp_path / "kept")
-    matrices = scored_by_hand(stock(model), 1, given)
+    found = GradientScores(full, given, [1, 5], tmp_path / "kept")
     ups, down = FEED_FORWARD[family]  # type: ignore[misc]
-    channels = channel_scores([matrices[up] for up in ups], matrices[down])
-    for layer, matrix in matrices.items():
-        said = found.of(f"{PATHS.get(family, 'model.layers')}.1.{layer}.weight")
-        inner = layer in (*ups, down)
-        scores = said.channels if inner else said.components
-        assert scores is not None
-        expected = channels if inner else component_scores(matrix)
-        torch.testing.assert_close(scores.curvature, expected.curvature, rtol=1e-3, atol=1e-7)
-        torch.testing.assert_close(scores.slope, expected.slope, rtol=1e-3, atol=1e-6)
-        assert (said.components is None) is inner
-        assert said.channel_axis == int(layer == down)
-        assert said.inputs is None
+    for index in (1, 5):
+        matrices = scored_by_hand(stock(model), index, given)
+        channels = channel_scores([matrices[up] for up in ups], matrices[down])
+        for layer, matrix in matrices.items():
+            said = found.of(f"{PATHS.get(family, 'model.layers')}.{index}.{layer}.weight")
+            inner = layer in (*ups, down)
+            scores = said.channels if inner else said.components
+            assert scores is not None
+            expected = channels if inner else component_scores(matrix)
+            torch.testing.assert_close(scores.curvature, expected.curvature, rtol=1e-3, atol=1e-7)
+            torch.testing.assert_close(scores.slope, expected.slope, rtol=1e-3, atol=1e-6)
+            assert (said.components is None) is inner
+            assert said.channel_axis == int(layer == down)
+            assert said.inputs is None
 
 
 @pytest.mark.parametrize("family", SIX)
@@ -149,20 +150,23 @@ def test_components_go_in_attention_and_channels_in_the_feed_forward(
     assert any("unpack" in line for line in aware(model, loop.text, tmp_path / "packed", **packed))
 
 
-def test_blocks_may_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    full = open_full_model(save_tiny("llama", tmp_path / "model"))
-    together = GradientScores(full, batches(tokens_of(4), 4), [1, 2, 4], tmp_path / "together")
-    monkeypatch.setattr("offsite_ray.calibration.gradients._MOMENT_BYTES", 0)
-    apart = GradientScores(full, batches(tokens_of(4), 4), [4, 1, 2], None)
-    for index in (1, 2, 4):
+def test_a_block_is_read_once_forward_and_once_backward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, given = open_full_model(save_tiny("llama", tmp_path / "model")), batches(tokens_of(4))
+    blocks = read_blocks(monkeypatch)
+    together = GradientScores(full, given, [2, 4, 3], tmp_path / "together")
+    assert blocks == [0, 1, 2, 3, 4, 5, 5, 4, 3, 2]
+    for index in (2, 3, 4):
+        alone = GradientScores(full, given, [index], None)
         for layer in ("self_attn.q_proj", "mlp.up_proj"):
             name = f"model.layers.{index}.{layer}.weight"
-            said = [each.of(name) for each in (together, apart)]
+            said = [each.of(name) for each in (together, alone)]
             scores = [each.components or each.channels for each in said]
             assert scores[0] is not None
             assert scores[1] is not None
-            torch.testing.assert_close(scores[0].curvature, scores[1].curvature)
-            torch.testing.assert_close(scores[0].slope, scores[1].slope)
+            assert torch.equal(scores[0].curvature, scores[1].curvature)
+            assert torch.equal(scores[0].slope, scores[1].slope)
 
 
 def test_scores_are_kept(loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +175,7 @@ def test_scores_are_kept(loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyP
     for number, text in enumerate(("gradient_preserving:0.5:0", "gradient_preserving:0.5:1000")):
         aware(loop.model, loop.text, tmp_path / str(number), compress=text)
         logits.append(logits_of(stock(tmp_path / str(number))))
-        monkeypatch.setattr("offsite_ray.calibration.gradients.load_model", None)
+        monkeypatch.setattr("offsite_ray.calibration.gradients.BlockwiseModel", None)
     assert not torch.equal(*logits), "the privacy decides, on the same scores"
     (folder,) = (tmp_path / "cache/offsite_ray/calibration").glob("[!.]*")
     assert sorted(path.name for path in folder.iterdir()) == [

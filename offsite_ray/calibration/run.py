@@ -96,7 +96,9 @@ class Calibration:
         key = tuple(sorted(dropped))
         if key not in self._known:
             name = ",".join(map(str, key))
-            self._known[key] = self._kept.number("-losses", name, lambda: self._partial_loss(key))
+            self._known[key] = self._kept.number(
+                "-losses", name, lambda: self._partial_loss([*dropped])
+            )
         return self._known[key]
 
     def scores(self, middle: Sequence[int], num_kept: int) -> Mapping[int, float]:
