@@ -52,8 +52,12 @@ _NO_REASON = ("", "unconditional skip")
 
 def pytest_configure() -> None:
     import torch
+    from hypothesis import settings
 
     torch.set_num_threads(1)
+    # An example that waits for a busy machine is no failure.
+    settings.register_profile("untimed", deadline=None)
+    settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

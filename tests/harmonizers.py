@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from offsite_ray.architectures import feed_forward, linear_layers
@@ -18,14 +17,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-SIX = ("gpt2", "opt", "bloom", "llama", "qwen3", "gemma3_text")
 RANK = 4
 MIDDLE = (1, 2, 3, 4)
 HOW = HarmonizerTraining(rank=RANK, steps=8, seed=0)
-
-
-def rows(count: int = 8, length: int = 16) -> Tensor:
-    return torch.randint(1, 128, (count, length), generator=torch.Generator().manual_seed(1))
 
 
 def config(model: Path, out: Path, text: Path, **given: Any) -> CompressConfig:

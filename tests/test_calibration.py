@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import math
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +18,7 @@ import torch.nn.functional as F
 
 from offsite_ray.calibration import BlockSignals, block_signals, blockwise_forward, calibrate
 from offsite_ray.calibration.losses import PartialLoss
+from offsite_ray.calibration.text import as_trained, batches_of
 from offsite_ray.config import CompressConfig, EvaluateConfig
 from offsite_ray.data import write_blocks
 from offsite_ray.emulator import compress, open_bundle
@@ -22,8 +27,19 @@ from offsite_ray.evaluation import evaluate
 from offsite_ray.full_model import open_full_model
 from offsite_ray.selection import SELECTION_METHODS
 from tests.adapters import make_adapter
+from tests.calibrations import (
+    NOT_APART,
+    SIX,
+    batches,
+    documents,
+    mean_loss,
+    packed,
+    read_blocks,
+    tokens_of,
+)
 from tests.stock import blocks_in, put_blocks, stock
-from tests.tiny_models import FAMILIES, NUM_BLOCKS, save_tiny
+from tests.texts import write_rows
+from tests.tiny_models import END_OF_TEXT, FAMILIES, NUM_BLOCKS, save_tiny, tiny_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,11 +51,6 @@ if TYPE_CHECKING:
 CALIBRATED = [
     name for name, row in SELECTION_METHODS.items() if row.needs_text and not row.replaces
 ]
-SIX = ("gpt2", "opt", "bloom", "llama", "qwen3", "gemma3_text")
-
-
-def rows(count: int = 5, length: int = 12) -> Tensor:
-    return torch.randint(0, 128, (count, length), generator=torch.Generator().manual_seed(1))
 
 
 def stock_states(model: Any, tokens: Tensor) -> list[Tensor]:
@@ -65,25 +76,27 @@ def stock_states(model: Any, tokens: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_block_by_block_is_the_model(tmp_path: Path, family: str) -> None:
     model = save_tiny(family, tmp_path / "model", max_shard_size=20_000)
-    tokens = rows()
+    tokens = tokens_of(5, 12)
     seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def see(index: int, before: Tensor, after: Tensor) -> None:
         seen.setdefault(index, []).append((before, after))
 
-    blockwise_forward(open_full_model(model), torch.split(tokens, 2), see)
+    full, given = open_full_model(model), batches(tokens)
+    blockwise_forward(full, given, see)
     assert list(seen) == list(range(NUM_BLOCKS))
     states = stock_states(stock(model), tokens)
     for index, pairs in seen.items():
         before, after = (torch.cat(each) for each in zip(*pairs, strict=True))
         torch.testing.assert_close(before, states[index], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(after, states[index + 1], rtol=1e-5, atol=1e-6)
+    assert PartialLoss(full, given)([]) == pytest.approx(mean_loss(stock(model), given), rel=1e-5)
 
 
 def test_the_signals_are_what_they_are_said_to_be(tmp_path: Path) -> None:
     model = save_tiny("llama", tmp_path / "model")
-    tokens = rows()
-    found = block_signals(open_full_model(model), torch.split(tokens, 2))
+    tokens = tokens_of(5, 12)
+    found = block_signals(open_full_model(model), batches(tokens))
     states = stock_states(stock(model), tokens)
     for block in range(NUM_BLOCKS):
         cosine = F.cosine_similarity(states[block], states[block + 1], dim=-1)
@@ -109,10 +122,50 @@ def test_signals_by_hand() -> None:
 
 
 @pytest.mark.parametrize("family", SIX)
+def test_documents_in_a_row_do_not_see_each_other(tmp_path: Path, family: str) -> None:
+    full = open_full_model(save_tiny(family, tmp_path / "model"))
+    given = batches_of(as_trained(packed(tokens_of()), full))
+    assert ("position_ids" in given[0]) is (family not in NOT_APART)
+    whole: Any = stock(full.path)
+    assert PartialLoss(full, given)([]) == pytest.approx(mean_loss(whole, given), rel=1e-5)
+    seen: list[Tensor] = []
+    blockwise_forward(full, given, lambda _index, _before, after: seen.append(after))
+    alone = [stock_states(whole, tokens)[-1] for batch in given for tokens, _ in documents(batch)]
+    expected = torch.cat([states[0] for states in alone])
+    torch.testing.assert_close(seen[-1].flatten(0, 1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_row_must_be_to_be_drawn(loop: Loop, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a" * 40, "completion": "b"},  # fills a row and predicts nothing
+        {"text": "c" * 14},  # fifteen with its end: the next begins at the end of the row
+        {"text": "d" * 10},
+        {"prompt": "e", "completion": "f" * 12},  # no room for it: the row before it is padded
+        {"prompt": "h", "completion": "i" * 10},  # and so is that of the one before this
+        {"text": "j" * 12},
+    ]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    write_blocks([str(tmp_path / "rows.jsonl")], loop.model, 16, tmp_path / "data")
+    given = config(loop.model, tmp_path / "out", tmp_path / "data", calibration_seq_len=None)
+    drawn = calibrate(open_full_model(loop.model), given, None)
+    texts = sorted(tiny_tokenizer().decode(row["input_ids"].tolist()) for row in drawn._rows)
+    end = END_OF_TEXT
+    assert texts == [f"{'c' * 14}{end}d", f"h{'i' * 10}{end}jjjj"]
+
+
+def test_a_text_of_one_document_is_read_as_ever(loop: Loop, tmp_path: Path) -> None:
+    given = config(loop.model, tmp_path / "out", loop.text)
+    drawn = calibrate(open_full_model(loop.model), given, None)
+    for batch in drawn._batches:
+        assert set(batch) == {"input_ids", "labels"}
+        assert torch.equal(batch["labels"][:, 1:], batch["input_ids"][:, 1:])
+
+
+@pytest.mark.parametrize("family", SIX)
 def test_the_loss_without_some_blocks(tmp_path: Path, family: str) -> None:
     model = save_tiny(family, tmp_path / "model")
-    tokens = rows()
-    loss = PartialLoss(open_full_model(model), torch.split(tokens, 2))
+    tokens = tokens_of(5, 12)
+    loss = PartialLoss(open_full_model(model), batches(tokens))
     whole: Any = stock(model)
     with torch.no_grad():
         expected = whole(input_ids=tokens, labels=tokens, use_cache=False).loss
@@ -129,6 +182,40 @@ def test_the_loss_without_some_blocks(tmp_path: Path, family: str) -> None:
     with torch.no_grad():
         expected = whole(input_ids=tokens, labels=tokens, use_cache=False).loss
     assert loss(dropped) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_loss_goes_on_from_the_block_that_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, given = open_full_model(save_tiny("llama", tmp_path / "model")), batches(tokens_of())
+    monkeypatch.setattr("offsite_ray.calibration.losses._HELD_BYTES", 0)
+    blocks = read_blocks(monkeypatch)
+    loss = PartialLoss(full, given)
+    for dropped, expected in [
+        ([], [0, 1, 2, 3, 4, 5]),
+        ([1], [0, 2, 3, 4, 5]),
+        ([2], [1, 3, 4, 5]),
+        ([4], [2, 3, 5]),
+        ([2, 1], [0, 3, 4, 5]),  # block 2 was not dropped below block 4
+        ([2, 3], [1, 4, 5]),
+        ([2, 5], [3, 4]),
+        ([], [0, 1, 2, 3, 4, 5]),
+    ]:
+        del blocks[:]
+        found = loss(dropped)
+        assert blocks == expected
+        assert found == PartialLoss(full, given)(dropped)
+
+
+def test_a_model_that_is_small_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = read_blocks(monkeypatch, most=5)
+    loss = PartialLoss(open_full_model(save_tiny("gpt2", tmp_path / "model")), batches(tokens_of()))
+    losses = [loss(dropped) for dropped in ([], [1], [2], [])]
+    assert losses[0] == losses[3]
+    assert len(set(losses)) == 3
+    assert blocks == [0, 1, 2, 3, 4, 5]
 
 
 def _unchanged(family: str) -> Any:
@@ -167,9 +254,9 @@ def test_every_method_makes_a_bundle_of_every_family(
         for name, tensor in full[index].state_dict().items():
             assert torch.equal(own[name], tensor)
     with torch.no_grad():
-        plain = emulator(input_ids=rows(), use_cache=False).logits
-    generated = emulator.generate(rows(1), max_new_tokens=4, do_sample=False, use_cache=True)
-    again = emulator.generate(rows(1), max_new_tokens=4, do_sample=False, use_cache=False)
+        plain = emulator(input_ids=tokens_of(), use_cache=False).logits
+    generated = emulator.generate(tokens_of(1), max_new_tokens=4, do_sample=False, use_cache=True)
+    again = emulator.generate(tokens_of(1), max_new_tokens=4, do_sample=False, use_cache=False)
     assert torch.equal(generated, again), "each copy has a cache of its own"
     assert bool(torch.isfinite(plain).all())
 
@@ -180,7 +267,7 @@ def test_the_same_seed_and_text_choose_the_same_and_the_cache_is_used(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     given = {"select": "block_influence"}
     first = compress(config(loop.model, tmp_path / "a", loop.text, **given))
-    (cached,) = (tmp_path / "cache" / "offsite_ray" / "calibration").iterdir()
+    (cached,) = (tmp_path / "cache" / "offsite_ray" / "calibration").glob("[!.]*")
     monkeypatch.setattr("offsite_ray.calibration.run.block_signals", None)
     again = compress(config(loop.model, tmp_path / "b", loop.text, **given))
     assert again.emulator == first.emulator
@@ -188,7 +275,7 @@ def test_the_same_seed_and_text_choose_the_same_and_the_cache_is_used(
     full = open_full_model(other)
     with pytest.raises(TypeError):
         calibrate(full, config(other, tmp_path / "c", loop.text), None).influence(0)
-    assert list(cached.parent.iterdir()) == [cached]
+    assert list(cached.parent.glob("[!.]*")) == [cached]
 
 
 def test_what_is_missing_is_said(loop: Loop, tmp_path: Path) -> None:
@@ -227,6 +314,74 @@ def test_greedy_drops_the_block_without_which_the_model_is_best(loop: Loop, tmp_
     losses = {block: loss([block]) for block in range(1, 5)}
     best = min(losses, key=lambda block: losses[block])
     assert made.emulator == tuple(block for block in range(1, 5) if block != best)
+
+
+def test_greedy_evaluates_each_set_of_blocks_once(
+    loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    calls: list[tuple[int, ...]] = []
+    evaluate_once = PartialLoss.__call__
+
+    def counted(self: PartialLoss, dropped: Any) -> float:
+        calls.append(tuple(sorted(dropped)))
+        return evaluate_once(self, dropped)
+
+    monkeypatch.setattr(PartialLoss, "__call__", counted)
+
+    def made(name: str, plan: str) -> tuple[int, ...]:
+        given = config(loop.model, tmp_path / name, loop.text, plan=plan, select="greedy")
+        return compress(given).emulator
+
+    kept = made("two", "1-2-1")
+    assert sorted(map(len, calls)) == [1] * 4 + [2] * 3
+    assert len(set(calls)) == 7
+    del calls[:]
+    assert made("again", "1-2-1") == kept
+    assert set(kept) < set(made("three", "1-3-1"))
+    assert calls == [], "a smaller drop is the beginning of a larger one"
+    assert set(made("one", "1-1-1")) < set(kept)
+    assert [len(dropped) for dropped in calls] == [3, 3], "a larger one goes on from it"
+    (file,) = (tmp_path / "cache" / "offsite_ray" / "calibration").glob("*-losses.json")
+    file.write_text("{")
+    assert made("damaged", "1-2-1") == kept
+
+
+@pytest.mark.parametrize(
+    ("computes", "ask"),
+    [
+        ("run.block_signals", lambda found: found.influence(0)),
+        ("run.PartialLoss", lambda found: found.loss([2])),
+        ("run.learn_replacement", lambda found: found.scores([1, 2, 3], 2)),
+        ("moments.blockwise_forward", lambda found: len(found.statistics("inputs", [1])._found)),
+    ],
+)
+def test_of_many_who_ask_at_once_one_computes(
+    loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, computes: str, ask: Any
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    full = open_full_model(loop.model)
+    given = config(loop.model, tmp_path / "none", loop.text, harmonizer_steps=2)
+    asking = [calibrate(full, given, None) for _ in range(3)]
+    module, name = computes.split(".")
+    own = importlib.import_module(f"offsite_ray.calibration.{module}")
+    compute, times = getattr(own, name), []
+    start = threading.Barrier(len(asking))
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        times.append(1)
+        time.sleep(0.2)  # the others are there by now, and would compute as well
+        return compute(*args, **kwargs)
+
+    def one(calibration: Any) -> Any:
+        start.wait()
+        return ask(calibration)
+
+    monkeypatch.setattr(own, name, counted)
+    with ThreadPoolExecutor(len(asking)) as pool:
+        answers = list(pool.map(one, asking))
+    assert answers == [answers[0]] * 3
+    assert times == [1]
 
 
 def test_what_the_plan_names_is_said_to_be_explicit(loop: Loop, tmp_path: Path) -> None:
@@ -271,4 +426,4 @@ def test_blocks_that_need_each_other_are_refused(
     full = open_full_model(save_tiny("llama", tmp_path / "model"))
     monkeypatch.setattr(full.config, "num_kv_shared_layers", 2, raising=False)
     with pytest.raises(FamilyError, match="shares keys and values between blocks"):
-        blockwise_forward(full, [rows()], lambda *_: None)
+        blockwise_forward(full, batches(tokens_of()), lambda *_: None)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import TYPE_CHECKING
 
@@ -324,8 +325,21 @@ def test_a_method_without_its_parameters_says_how_it_is_asked_for(name: str) -> 
         ("prune:0.5+gradient_preserving:0.5:1", r"put gradient_preserving first"),
         ("quantize:8+prune:0.5", r"'quantize:8\+prune:0.5' has prune behind quantize.*last"),
         ("quantize:8+quantize:4", r"quantize last"),
+        ("prune:2:4+low_rank:0.5", r"low_rank behind prune, whose zeros .* leave one"),
+        ("prune:0.5+prune:1:2+low_rank_aware:1", r"low_rank_aware behind prune"),
+        ("gradient_preserving:0.5:1+low_rank:0.5", r"low_rank behind gradient_preserving"),
+        ("prune:0.5+quantize:1", r"quantize behind prune"),
     ],
 )
 def test_what_makes_no_sense_is_refused(text: str, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         parse_compression(text)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_what_would_fill_zeros_is_refused_behind_them(text: str) -> None:
+    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    pruned = parse_compression("prune:2:4").apply(weight)
+    fills = bool((parse_compression(text).apply(pruned)[pruned == 0] != 0).any())
+    with pytest.raises(ConfigError) if fills else contextlib.nullcontext():
+        parse_compression(f"prune:2:4+{text}")

@@ -18,7 +18,6 @@ from offsite_ray.compression.gradient_preserving import (
     keep_components,
     remove_channels,
     row_scores,
-    score,
 )
 from offsite_ray.compression.low_rank import truncate
 
@@ -51,6 +50,12 @@ def drawn(rows: int, columns: int, seed: int = 0) -> ScoredMatrix:
     a, g = (torch.randn(40, n, generator=generator) for n in (columns, rows))
     weight, gradient = (torch.randn(rows, columns, generator=generator) for _ in range(2))
     return ScoredMatrix(weight=weight, inputs=a.T @ a / 40, outputs=g.T @ g / 40, gradient=gradient)
+
+
+def score(matrix: ScoredMatrix, change: Tensor, privacy: float) -> float:
+    """Return the score of a change, ``(out, in)``: the definition, entry by entry."""
+    curved = matrix.outputs @ change @ matrix.inputs
+    return float(curved.abs().sum() - privacy * (matrix.gradient * change).sum())
 
 
 def test_the_score_of_a_change() -> None:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
 from offsite_ray.architectures import feed_forward
 from offsite_ray.calibration import GradientScores
+from offsite_ray.calibration.text import as_trained, batches_of
 from offsite_ray.compression.gradient_preserving import (
     ScoredMatrix,
     channel_scores,
@@ -20,8 +20,9 @@ from offsite_ray.compression.gradient_preserving import (
 from offsite_ray.compression.low_rank import kept_rank
 from offsite_ray.emulator import open_bundle
 from offsite_ray.full_model import open_full_model
+from tests.calibrations import SIX, batches, documents, packed, read_blocks, summed_loss, tokens_of
 from tests.stock import blocks_in, logits_of, stock
-from tests.test_input_moments import SIX, aware, layers_of, rows
+from tests.test_input_moments import aware, layers_of
 from tests.tiny_models import save_tiny
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from offsite_ray.training.protocols import Batch
     from tests.loops import Loop
 
 FEED_FORWARD = {
@@ -45,8 +47,8 @@ FEED_FORWARD = {
 PATHS = {"gpt2": "transformer.h", "bloom": "transformer.h", "opt": "model.decoder.layers"}
 
 
-def scored_by_hand(model: Any, index: int, tokens: Tensor) -> dict[str, ScoredMatrix]:
-    """Return what stock autograd says of a block's linear layers, of one sequence at a time."""
+def scored_by_hand(model: Any, index: int, given: list[Batch]) -> dict[str, ScoredMatrix]:
+    """Return what stock autograd says of a block's linear layers, of one document at a time."""
     layers = layers_of(blocks_in(model)[index])
     caught: dict[str, tuple[Tensor, Tensor]] = {}
     for name, layer in layers.items():
@@ -57,11 +59,9 @@ def scored_by_hand(model: Any, index: int, tokens: Tensor) -> dict[str, ScoredMa
 
         layer.register_forward_hook(keep)
     sums: dict[str, list[Tensor]] = {}
-    for row in torch.split(tokens, 1):
+    for tokens, labels in (pair for batch in given for pair in documents(batch)):
         model.zero_grad()
-        logits = model(input_ids=row, use_cache=False).logits
-        loss = F.cross_entropy(logits[0, :-1], row[0, 1:], reduction="sum")
-        torch.autograd.backward(loss)
+        torch.autograd.backward(summed_loss(model, tokens, labels))
         for name, (inputs, output) in caught.items():
             assert output.grad is not None
             gradient = output.grad.flatten(0, -2)
@@ -70,13 +70,14 @@ def scored_by_hand(model: Any, index: int, tokens: Tensor) -> dict[str, ScoredMa
             new = [inputs.T @ inputs, gradient.T @ gradient, own.clone()]
             sums[name] = [a + b for a, b in zip(sums.get(name, [0, 0, 0]), new, strict=True)]
     found = {}
+    count = sum(batch["input_ids"].numel() for batch in given)
     for name, (inputs, outputs, own) in sums.items():
         weight = layers[name].weight.detach()
         found[name] = ScoredMatrix(
             weight=weight.T.contiguous() if isinstance(layers[name], Conv1D) else weight,
-            inputs=inputs / tokens.numel(),
-            outputs=outputs / tokens.numel(),
-            gradient=own / tokens.numel(),
+            inputs=inputs / count,
+            outputs=outputs / count,
+            gradient=own / count,
         )
     return found
 
@@ -90,24 +91,30 @@ def test_the_feed_forward_is_found(tmp_path: Path, family: str) -> None:
     assert (found and (tuple(sorted(found[0])), found[1])) == expected
 
 
+@pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("family", SIX)
-def test_the_scores_are_those_of_stock_gradients(tmp_path: Path, family: str) -> None:
-    model, tokens = save_tiny(family, tmp_path / "model"), rows(4, 12)
-    found = GradientScores(open_full_model(model), torch.split(tokens, 3), [1], tmp_path / "kept")
-    matrices = scored_by_hand(stock(model), 1, tokens)
+def test_the_scores_are_those_of_stock_gradients(
+    tmp_path: Path, family: str, several: bool
+) -> None:
+    model, tokens = save_tiny(family, tmp_path / "model"), tokens_of(4)
+    full = open_full_model(model)
+    given = batches_of(as_trained(packed(tokens), full)) if several else batches(tokens, 3)
+    found = GradientScores(full, given, [1, 5], tmp_path / "kept")
     ups, down = FEED_FORWARD[family]  # type: ignore[misc]
-    channels = channel_scores([matrices[up] for up in ups], matrices[down])
-    for layer, matrix in matrices.items():
-        said = found.of(f"{PATHS.get(family, 'model.layers')}.1.{layer}.weight")
-        inner = layer in (*ups, down)
-        scores = said.channels if inner else said.components
-        assert scores is not None
-        expected = channels if inner else component_scores(matrix)
-        torch.testing.assert_close(scores.curvature, expected.curvature, rtol=1e-3, atol=1e-7)
-        torch.testing.assert_close(scores.slope, expected.slope, rtol=1e-3, atol=1e-6)
-        assert (said.components is None) is inner
-        assert said.channel_axis == int(layer == down)
-        assert said.inputs is None
+    for index in (1, 5):
+        matrices = scored_by_hand(stock(model), index, given)
+        channels = channel_scores([matrices[up] for up in ups], matrices[down])
+        for layer, matrix in matrices.items():
+            said = found.of(f"{PATHS.get(family, 'model.layers')}.{index}.{layer}.weight")
+            inner = layer in (*ups, down)
+            scores = said.channels if inner else said.components
+            assert scores is not None
+            expected = channels if inner else component_scores(matrix)
+            torch.testing.assert_close(scores.curvature, expected.curvature, rtol=1e-3, atol=1e-7)
+            torch.testing.assert_close(scores.slope, expected.slope, rtol=1e-3, atol=1e-6)
+            assert (said.components is None) is inner
+            assert said.channel_axis == int(layer == down)
+            assert said.inputs is None
 
 
 @pytest.mark.parametrize("family", SIX)
@@ -143,20 +150,23 @@ def test_components_go_in_attention_and_channels_in_the_feed_forward(
     assert any("unpack" in line for line in aware(model, loop.text, tmp_path / "packed", **packed))
 
 
-def test_blocks_may_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    full = open_full_model(save_tiny("llama", tmp_path / "model"))
-    together = GradientScores(full, [rows(4)], [1, 2, 4], tmp_path / "together")
-    monkeypatch.setattr("offsite_ray.calibration.gradients._MOMENT_BYTES", 0)
-    apart = GradientScores(full, [rows(4)], [4, 1, 2], None)
-    for index in (1, 2, 4):
+def test_a_block_is_read_once_forward_and_once_backward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, given = open_full_model(save_tiny("llama", tmp_path / "model")), batches(tokens_of(4))
+    blocks = read_blocks(monkeypatch)
+    together = GradientScores(full, given, [2, 4, 3], tmp_path / "together")
+    assert blocks == [0, 1, 2, 3, 4, 5, 5, 4, 3, 2]
+    for index in (2, 3, 4):
+        alone = GradientScores(full, given, [index], None)
         for layer in ("self_attn.q_proj", "mlp.up_proj"):
             name = f"model.layers.{index}.{layer}.weight"
-            said = [each.of(name) for each in (together, apart)]
+            said = [each.of(name) for each in (together, alone)]
             scores = [each.components or each.channels for each in said]
             assert scores[0] is not None
             assert scores[1] is not None
-            torch.testing.assert_close(scores[0].curvature, scores[1].curvature)
-            torch.testing.assert_close(scores[0].slope, scores[1].slope)
+            assert torch.equal(scores[0].curvature, scores[1].curvature)
+            assert torch.equal(scores[0].slope, scores[1].slope)
 
 
 def test_scores_are_kept(loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,9 +175,9 @@ def test_scores_are_kept(loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyP
     for number, text in enumerate(("gradient_preserving:0.5:0", "gradient_preserving:0.5:1000")):
         aware(loop.model, loop.text, tmp_path / str(number), compress=text)
         logits.append(logits_of(stock(tmp_path / str(number))))
-        monkeypatch.setattr("offsite_ray.calibration.gradients.load_model", None)
+        monkeypatch.setattr("offsite_ray.calibration.gradients.BlockwiseModel", None)
     assert not torch.equal(*logits), "the privacy decides, on the same scores"
-    (folder,) = (tmp_path / "cache/offsite_ray/calibration").iterdir()
+    (folder,) = (tmp_path / "cache/offsite_ray/calibration").glob("[!.]*")
     assert sorted(path.name for path in folder.iterdir()) == [
         "block-00001.safetensors",
         "block-00004.safetensors",

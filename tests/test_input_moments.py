@@ -15,6 +15,7 @@ from offsite_ray.compression.low_rank import kept_rank, truncate, truncate_white
 from offsite_ray.config import CompressConfig
 from offsite_ray.emulator import compress, open_bundle
 from offsite_ray.full_model import open_full_model
+from tests.calibrations import SIX, batches, tokens_of
 from tests.stock import blocks_in, logits_of, stock
 from tests.tiny_models import save_tiny
 
@@ -23,14 +24,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from offsite_ray.training.protocols import Batch
     from tests.loops import Loop
 
-SIX = ("gpt2", "opt", "bloom", "llama", "qwen3", "gemma3_text")
 BLOCKS = (1, 4)
-
-
-def rows(count: int = 6, length: int = 16) -> Tensor:
-    return torch.randint(0, 128, (count, length), generator=torch.Generator().manual_seed(1))
 
 
 def layers_of(block: nn.Module) -> dict[str, Any]:
@@ -53,10 +50,8 @@ def stock_inputs(model: Any, index: int, tokens: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("family", SIX)
 def test_the_moments_are_those_of_the_model(tmp_path: Path, family: str) -> None:
-    model, tokens = save_tiny(family, tmp_path / "model"), rows()
-    found = InputMoments(
-        open_full_model(model), torch.split(tokens, 4), BLOCKS, tmp_path / "moments"
-    )
+    model, tokens = save_tiny(family, tmp_path / "model"), tokens_of()
+    found = InputMoments(open_full_model(model), batches(tokens, 4), BLOCKS, tmp_path / "moments")
     assert sorted(path.name for path in (tmp_path / "moments").iterdir()) == [
         "block-00001.safetensors",
         "block-00004.safetensors",
@@ -79,10 +74,10 @@ def test_moments_are_kept_and_layers_with_the_same_inputs_share_one(
 ) -> None:
     full = open_full_model(save_tiny("llama", tmp_path / "model"))
     folder = tmp_path / "moments"
-    first = InputMoments(full, [rows()], [1], folder)
+    first = InputMoments(full, batches(tokens_of()), [1], folder)
     # into q, k and v; into o; into gate and up; into down
     assert (folder / "block-00001.safetensors").stat().st_size < 4 * (3 * 32**2 + 48**2) + 2000
-    alone = InputMoments(full, [rows()], [1], None)
+    alone = InputMoments(full, batches(tokens_of()), [1], None)
     monkeypatch.setattr("offsite_ray.calibration.moments.blockwise_forward", None)
     again = InputMoments(full, [], [1], folder)
     for layer in ("self_attn.v_proj", "mlp.down_proj"):
@@ -121,7 +116,7 @@ def test_a_matrix_keeps_what_text_makes_it_compute(loop: Loop, tmp_path: Path, f
     assert recipe["steps"][0]["method"] == "low_rank_aware"
     assert recipe["calibration"]["num_sequences"] == 8
     full = open_full_model(model)
-    seen: list[Tensor] = []
+    seen: list[Batch] = []
 
     def keep(full_model: Any, batches: Any, blocks: Any, folder: Any) -> InputMoments:
         seen.extend(batches)
@@ -130,7 +125,7 @@ def test_a_matrix_keeps_what_text_makes_it_compute(loop: Loop, tmp_path: Path, f
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(run._SOURCES, "inputs", cast("Any", keep))
         aware(model, loop.text, tmp_path / "again")
-    tokens = torch.cat(seen)
+    tokens = torch.cat([batch["input_ids"] for batch in seen])
     assert tokens.shape == (8, 16)
     bundle = stock(tmp_path / "bundle")
     for place, index in ((1, 1), (2, 4)):

@@ -21,6 +21,7 @@ from offsite_ray.calibration.replacement import (
     learn_replacement,
     rewarded,
 )
+from offsite_ray.calibration.text import as_trained, batches_of
 from offsite_ray.cli import main
 from offsite_ray.config import DistillConfig, EvaluateConfig
 from offsite_ray.distillation import distill
@@ -32,7 +33,8 @@ from offsite_ray.full_model import open_full_model
 from offsite_ray.inspection import inspect_path
 from offsite_ray.training import run_here
 from tests.adapters import make_adapter
-from tests.harmonizers import HOW, MIDDLE, RANK, SIX, config, dead_parts, harmonized, rows
+from tests.calibrations import SIX, batches, mean_loss, packed, rows_of, tokens_of
+from tests.harmonizers import HOW, MIDDLE, RANK, config, dead_parts, harmonized
 from tests.loops import ignore
 from tests.stock import blocks_in, logits_of, plug, put_blocks, same_bytes, stock, stored
 from tests.tiny_models import NUM_BLOCKS, save_tiny, tiny_model
@@ -92,23 +94,36 @@ def test_a_fresh_harmonizer_changes_nothing_and_a_trained_one_fits(
 ) -> None:
     model = save_tiny(family, tmp_path / "model")
     mixed = MixedModel(open_full_model(model), MIDDLE, HOW)
+    (batch,) = batches(tokens_of(), 6)
     whole: Any = stock(model)
     with torch.no_grad():
-        expected = whole(input_ids=rows(), labels=rows(), use_cache=False).loss
-    assert mixed.loss(rows(), MIDDLE) == pytest.approx(float(expected), rel=1e-5)
+        expected = whole(input_ids=tokens_of(), labels=tokens_of(), use_cache=False).loss
+    assert mixed.loss(batch, MIDDLE) == pytest.approx(float(expected), rel=1e-5)
     ends = nn.ModuleList([blocks_in(whole)[0], blocks_in(whole)[2], blocks_in(whole)[5]])
     put_blocks(whole, ends)
     whole.config.num_hidden_layers = 3
     if getattr(whole.config, "layer_types", None):
         whole.config.layer_types = [whole.config.layer_types[i] for i in (0, 2, 5)]
     with torch.no_grad():
-        expected = whole(input_ids=rows(), labels=rows(), use_cache=False).loss
-    before = mixed.loss(rows(), [2])
+        expected = whole(input_ids=tokens_of(), labels=tokens_of(), use_cache=False).loss
+    before = mixed.loss(batch, [2])
     assert before == pytest.approx(float(expected), rel=1e-5)
     for _ in range(20):
-        mixed.train(rows(), [2])
-    assert mixed.loss(rows(), [2]) < before - 0.02
+        mixed.train(batch, [2])
+    assert mixed.loss(batch, [2]) < before - 0.02
     assert sorted(mixed.parameters_beside([2])) == [1, 3, 4]
+
+
+@pytest.mark.parametrize("family", SIX)
+def test_documents_in_a_row_are_judged_on_their_own(tmp_path: Path, family: str) -> None:
+    full = open_full_model(save_tiny(family, tmp_path / "model"))
+    (batch,) = batches_of(as_trained(packed(tokens_of()), full))
+    mixed = MixedModel(full, MIDDLE, HOW)
+    expected = mean_loss(stock(full.path), [batch])
+    assert mixed.loss(batch, MIDDLE) == pytest.approx(expected, rel=1e-5)
+    for _ in range(5):
+        mixed.train(batch, [2, 3])
+    assert mixed.loss(batch, MIDDLE) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_harmonizer_by_hand() -> None:
@@ -161,7 +176,7 @@ def test_the_bundle_computes_what_was_trained(
     compress(config(model, again, loop.text))
     torch.testing.assert_close(logits_of(emulator), seen[0], rtol=1e-5, atol=1e-5)
     assert same_bytes(stored(again), stored(bundle)), "the same request, the same bytes"
-    tokens = rows(1)
+    tokens = tokens_of(1)
     generate: Any = emulator.generate
     kwargs = {"max_new_tokens": 4, "do_sample": False}
     assert torch.equal(
@@ -267,7 +282,9 @@ def test_without_a_cache_it_is_learnt_once(
 def test_other_seeds_learn_other_things(tmp_path: Path) -> None:
     full = open_full_model(save_tiny("gpt2", tmp_path / "model"))
     learnt = [
-        learn_replacement(full, rows(), MIDDLE, 2, dataclasses.replace(HOW, seed=seed))
+        learn_replacement(
+            full, rows_of(tokens_of(8)), MIDDLE, 2, dataclasses.replace(HOW, seed=seed)
+        )
         for seed in (0, 0, 1)
     ]
     assert learnt[0].scores == learnt[1].scores != learnt[2].scores
@@ -356,7 +373,7 @@ def test_counts_begin_at_one(loop: Loop, tmp_path: Path, name: str) -> None:
 def test_a_little_text_and_few_steps_will_do(tmp_path: Path, count: int, steps: int) -> None:
     full = open_full_model(save_tiny("gpt2", tmp_path / "model"))
     how = dataclasses.replace(HOW, steps=steps)
-    learnt = replacement.learn_replacement(full, rows(count), MIDDLE, 2, how)
+    learnt = replacement.learn_replacement(full, rows_of(tokens_of(count)), MIDDLE, 2, how)
     assert len(learnt.harmonizers) == 2
 
 

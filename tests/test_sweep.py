@@ -266,7 +266,7 @@ def test_what_is_shared_is_made_once(tmp_path: Path) -> None:
 
 
 def test_a_sweep_is_alone_in_its_directory(loop: Loop, tmp_path: Path) -> None:
-    from offsite_ray.tune.folders import alone
+    from offsite_ray.bundle import alone
 
     with (
         alone(tmp_path / "out" / ".lock"),

@@ -47,6 +47,8 @@ class _Notes:
     def __init__(self) -> None:
         self.hidden: Tensor | None = None
         self.calls: list[BlockCall] = []
+        self.as_tuple = False
+        """Whether the hidden states are the first of what a block returns."""
 
 
 class _Place(StandIn):
@@ -59,12 +61,15 @@ class _Place(StandIn):
         self.__dict__["block"] = block  # no child: it is neither loaded nor run
         self._notes = notes
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Note the call. What is returned goes to the next place, which does not look at it."""
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Note the call. What is returned goes to the next place, which does not look at it.
+
+        What the last one returns is what the model goes on with.
+        """
         if self._notes.hidden is None:
             self._notes.hidden = hidden_states
         self._notes.calls.append(BlockCall(args, kwargs))
-        return self._notes.hidden
+        return (self._notes.hidden,) if self._notes.as_tuple else self._notes.hidden
 
 
 class Skeleton:
@@ -119,13 +124,38 @@ class Skeleton:
             raise IntegrityError(f"tensor {wrong[0]!r} is missing, unknown or of the wrong shape")
         self.model: Any = model.eval()
 
-    def begin(self, input_ids: Tensor) -> tuple[Tensor, list[BlockCall]]:
+    def begin(self, input_ids: Tensor, **positions: Tensor) -> tuple[Tensor, list[BlockCall]]:
         """Return the hidden states before the first block ``(B, T, H)``, and each block's call.
 
         Args:
             input_ids: ``(B, T)``, nothing of it padding.
+            **positions: ``position_ids``, ``(B, T)``, where documents are packed.
         """
         self._notes.hidden, self._notes.calls = None, []
-        self.model.base_model(input_ids=input_ids, use_cache=False)
+        self.model.base_model(input_ids=input_ids, use_cache=False, **positions)
         assert self._notes.hidden is not None
         return self._notes.hidden, self._notes.calls
+
+    def end(self, hidden: Tensor, input_ids: Tensor, **positions: Tensor) -> Tensor:
+        """Return what the model's head is given, ``(B, T, H)``.
+
+        Args:
+            hidden: Behind the last block, ``(B, T, H)``; may need a gradient.
+            input_ids: ``(B, T)``, as :meth:`begin` was given it.
+            **positions: Likewise.
+        """
+        self._notes.hidden = hidden
+        behind = self._behind(input_ids, positions)
+        if (
+            behind.shape[:-1] != hidden.shape[:-1]
+        ):  # a model that takes the first of what a block returns
+            self._notes.as_tuple = True
+            behind = self._behind(input_ids, positions)
+        self._notes.hidden = None
+        return behind
+
+    def _behind(self, input_ids: Tensor, positions: Mapping[str, Tensor]) -> Tensor:
+        self._notes.calls = []
+        output = self.model.base_model(input_ids=input_ids, use_cache=False, **positions)
+        behind: Tensor = output.last_hidden_state
+        return behind

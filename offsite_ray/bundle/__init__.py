@@ -13,6 +13,7 @@ from offsite_ray.bundle.atomic import (
 )
 from offsite_ray.bundle.digest import digest_file, digest_plain, new_hasher
 from offsite_ray.bundle.fingerprint import Fingerprint, difference, digests, fingerprint
+from offsite_ray.bundle.locks import alone
 from offsite_ray.bundle.manifest import (
     MANIFEST,
     Kind,
@@ -60,6 +61,7 @@ __all__ = [
     "TensorInfo",
     "TensorSpec",
     "all_finite",
+    "alone",
     "atomic_directory",
     "atomic_file",
     "check_free",

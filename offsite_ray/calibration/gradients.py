@@ -1,28 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """What removing parts of blocks does to gradients and to the loss, for compressions that ask.
 
-The full model is in memory, and runs forward and backward once for as many blocks as have moments
-of 2 GiB together, or for each. What is kept, on disk, is a few numbers for each singular component
-and each inner channel.
+The full model runs forward once, block by block from the disk, and the hidden states before each
+block go to a temporary folder; then backward, each block read and run again where it is asked for
+its gradients. So in memory are one block with its activations and moments, and of every sequence
+the hidden states or their gradient. What is kept, on disk, is a few numbers for each singular
+component and each inner channel.
 """
 
 from __future__ import annotations
 
+import tempfile
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from offsite_ray.architectures import (
-    feed_forward,
-    get_blocks,
-    linear_layers,
-    load_model,
-    stored_alone,
-)
-from offsite_ray.bundle import TensorDirectory, atomic_file, specs, write_file
+from offsite_ray.architectures import feed_forward, linear_layers, stored_alone
+from offsite_ray.bundle import TensorDirectory, atomic_file, specs, storage_error, write_file
 from offsite_ray.calibration.files import block_files
+from offsite_ray.calibration.forward import BlockwiseModel
 from offsite_ray.compression import MatrixStatistics
 from offsite_ray.compression.gradient_preserving import (
     ScoredMatrix,
@@ -30,18 +29,14 @@ from offsite_ray.compression.gradient_preserving import (
     channel_scores,
     component_scores,
 )
-from offsite_ray.training.batches import sum_cross_entropy
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
-    from pathlib import Path
 
     from torch import Tensor
 
     from offsite_ray.full_model import FullModel
-
-_MOMENT_BYTES = 2 * 2**30
-"""Of the moments that are in memory at once, unless those of one block are more."""
+    from offsite_ray.training.protocols import Batch
 
 _COMPONENTS, _ROWS, _COLUMNS = "components", "rows", "columns"
 """What the scores of a matrix are of."""
@@ -53,15 +48,15 @@ class GradientScores:
     def __init__(
         self,
         full: FullModel,
-        batches: Sequence[Tensor],
+        batches: Sequence[Batch],
         blocks: Collection[int],
         folder: Path | None,
     ) -> None:
         """Run sequences through the full model, as far as the scores are not there yet.
 
         Args:
-            full: The full model, which fits into memory.
-            batches: ``(B, T)`` each, nothing of it padding.
+            full: The full model, on disk.
+            batches: Rows of text, nothing of it padding.
             blocks: Those whose matrices are wanted.
             folder: Where the scores are kept and looked for; None: as long as this object is.
         """
@@ -93,33 +88,84 @@ def _read(file: Path) -> dict[str, MatrixStatistics]:
     return found
 
 
-def _write(full: FullModel, batches: Sequence[Tensor], files: Mapping[int, Path]) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = load_model(full.path, device=device)
-    model.requires_grad_(False)
+def _write(full: FullModel, batches: Sequence[Batch], files: Mapping[int, Path]) -> None:
     on_disk = stored_alone(full.config, full.arch, full.weights.tensors)
-    blocks = get_blocks(model, full.arch)
-    rows = [batch.to(device) for batch in batches]
-    at_once = max(1, _MOMENT_BYTES // max(1, _moment_bytes(blocks[min(files)])))
-    for start in range(0, len(files), at_once):
-        indices = sorted(files)[start : start + at_once]
-        scored = _scored(model, {index: linear_layers(blocks[index]) for index in indices}, rows)
-        for index, matrices in scored.items():
-            prefix = f"{full.arch.family.blocks}.{index}."
-            names = {path: on_disk.get(f"{prefix}{path}.weight") for path in matrices}
+    num_tokens = sum(batch["input_ids"].numel() for batch in batches)
+    model = BlockwiseModel(full, batches)
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = _Inputs(Path(folder))
+        gradients = _forward(model, range(full.arch.num_blocks), min(files), inputs)
+        for index in reversed(range(min(files), full.arch.num_blocks)):
+            block = model.block(index)
+            layers = linear_layers(block) if index in files else {}
+            sums = {path: _Sums(layer) for path, layer in layers.items()}
+            for number, gradient in enumerate(gradients):
+                hidden = inputs.take(index, number).to(gradient.device).requires_grad_()
+                with torch.enable_grad():
+                    output = model.run(index, block, number, hidden)
+                (gradients[number],) = torch.autograd.grad(output, hidden, gradient)
+            if index not in files:
+                continue
+            matrices = {path: each.result(num_tokens) for path, each in sums.items()}
+            names = {
+                path: on_disk.get(f"{full.arch.family.blocks}.{index}.{path}.weight")
+                for path in matrices
+            }
             found = {
                 f"{kind}|{names[path]}": torch.stack([scores.curvature, scores.slope])
-                for path, (kind, scores) in _scores(matrices, feed_forward(blocks[index])).items()
+                for path, (kind, scores) in _scores(matrices, feed_forward(block)).items()
                 if names[path] is not None
             }
             with atomic_file(files[index]) as tmp:
                 write_file(tmp, specs(found))
 
 
-def _moment_bytes(block: nn.Module) -> int:
-    """Return the bytes of the moments and gradients of a block's linear layers."""
-    shapes = (layer.get_parameter("weight").shape for layer in linear_layers(block).values())
-    return sum(4 * (rows**2 + columns**2 + rows * columns) for rows, columns in shapes)
+class _Inputs:
+    """Hidden states before blocks, on disk until they are asked for, once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def put(self, index: int, number: int, hidden: Tensor) -> None:
+        file = self._file(index, number)
+        try:
+            write_file(file, specs({"hidden": hidden.cpu().contiguous()}))
+        except OSError as error:
+            raise storage_error(file, error) from error
+
+    def take(self, index: int, number: int) -> Tensor:
+        file = self._file(index, number)
+        hidden = TensorDirectory([file]).read("hidden")
+        file.unlink()
+        return hidden
+
+    def _file(self, index: int, number: int) -> Path:
+        return self._folder / f"{index}-{number}.safetensors"
+
+
+def _forward(model: BlockwiseModel, blocks: range, first: int, inputs: _Inputs) -> list[Tensor]:
+    """Return the gradient of each batch's loss by the hidden states behind the last block.
+
+    Args:
+        model: The full model at the text.
+        blocks: All of its blocks.
+        first: From which block on the hidden states before it are kept.
+        inputs: What keeps them.
+    """
+    states = model.begin()
+    for index in blocks:
+        block = model.block(index)
+        for number, hidden in enumerate(states):
+            if index >= first:
+                inputs.put(index, number, hidden)
+            with torch.no_grad():
+                states[number] = model.run(index, block, number, hidden)
+    for number, hidden in enumerate(states):
+        hidden.requires_grad_()
+        with torch.enable_grad():
+            loss = model.loss(number, hidden)
+        (states[number],) = torch.autograd.grad(loss, hidden)
+    return states
 
 
 def _scores(
@@ -138,34 +184,13 @@ def _scores(
     return found
 
 
-def _scored(
-    model: Any, layers: Mapping[int, Mapping[str, nn.Module]], batches: Sequence[Tensor]
-) -> dict[int, dict[str, ScoredMatrix]]:
-    """Return the matrices of some blocks' layers with their moments and gradients, per token."""
-    sums = {
-        index: {path: _Sums(layer) for path, layer in of_block.items()}
-        for index, of_block in layers.items()
-    }
-    for batch in batches:
-        with torch.enable_grad():
-            logits = model(input_ids=batch, use_cache=False).logits
-            torch.autograd.backward(sum_cross_entropy(logits, batch))
-    num_tokens = sum(batch.numel() for batch in batches)
-    return {
-        index: {path: each.result(num_tokens) for path, each in of_block.items()}
-        for index, of_block in sums.items()
-    }
-
-
 class _Sums:
     """Sums over tokens of ``a a^T``, ``g g^T`` and ``g a^T`` of a linear layer."""
 
     def __init__(self, layer: Any) -> None:
-        """Listen to a layer of a frozen model."""
+        """Listen to a layer of a block whose input needs a gradient."""
         self._layer = layer
         self._sums: list[Tensor] = []
-        # That there is a graph from here on; its own gradient is not looked at.
-        layer.weight.requires_grad_(True)
         self._handle = layer.register_forward_hook(self._forward)
 
     def _forward(self, _layer: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
@@ -180,13 +205,10 @@ class _Sums:
         output.register_hook(backward)
 
     def result(self, num_tokens: int) -> ScoredMatrix:
-        """Return the means, and leave the layer as it was."""
+        """Return the means, and stop listening."""
         self._handle.remove()
-        weight = self._layer.weight
-        weight.requires_grad_(False)
-        weight.grad = None
         inputs, outputs, gradient = (each.cpu() / num_tokens for each in self._sums)
-        matrix = weight.detach().float().cpu()
+        matrix = self._layer.weight.detach().float().cpu()
         if not isinstance(self._layer, nn.Linear):  # GPT-2's: (in, out)
             matrix = matrix.T.contiguous()
         return ScoredMatrix(weight=matrix, inputs=inputs, outputs=outputs, gradient=gradient)

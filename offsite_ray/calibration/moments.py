@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from offsite_ray.full_model import FullModel
+    from offsite_ray.training.protocols import Batch
 
 _SEVERAL = "|"
 """Between the names of layers that are given the same inputs."""
@@ -36,7 +37,7 @@ class InputMoments:
     def __init__(
         self,
         full: FullModel,
-        batches: Sequence[Tensor],
+        batches: Sequence[Batch],
         blocks: Collection[int],
         folder: Path | None,
     ) -> None:
@@ -44,7 +45,7 @@ class InputMoments:
 
         Args:
             full: The full model, on disk.
-            batches: ``(B, T)`` each, nothing of it padding.
+            batches: Rows of text, nothing of it padding.
             blocks: Those whose layers are wanted.
             folder: Where they are kept and looked for; None: as long as this object is.
         """
@@ -67,7 +68,7 @@ class InputMoments:
         return MatrixStatistics(inputs=weights.read(joined))
 
 
-def _write(full: FullModel, batches: Sequence[Tensor], files: Mapping[int, Path]) -> None:
+def _write(full: FullModel, batches: Sequence[Batch], files: Mapping[int, Path]) -> None:
     on_disk = stored_alone(full.config, full.arch, full.weights.tensors)
 
     @contextlib.contextmanager

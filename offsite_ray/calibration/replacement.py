@@ -17,14 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from offsite_ray.architectures import StandIn, get_blocks, harmonizer, load_model, set_blocks
+from offsite_ray.calibration.text import inputs_of, targets_in
 from offsite_ray.errors import FamilyError
 from offsite_ray.selection import highest
-from offsite_ray.training.batches import sum_cross_entropy
+from offsite_ray.training.batches import collate, sum_cross_entropy
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from offsite_ray.full_model import FullModel
+    from offsite_ray.training.protocols import Batch
 
 _STEP_TOKENS = 512
 """Of a batch, unless a row has more."""
@@ -110,13 +112,17 @@ def _sigmoid(score: float) -> float:
 
 
 def learn_replacement(
-    full: FullModel, rows: Tensor, middle: Sequence[int], num_kept: int, how: HarmonizerTraining
+    full: FullModel,
+    rows: Sequence[Mapping[str, Tensor]],
+    middle: Sequence[int],
+    num_kept: int,
+    how: HarmonizerTraining,
 ) -> Replacement:
     """Learn which blocks to keep, and what stands in the place of the others.
 
     Args:
         full: The full model, which fits into memory in float32.
-        rows: ``(N, T)``, nothing of it padding; of the last quarter come the rewards.
+        rows: Rows of text, nothing of it padding; of the last quarter come the rewards.
         middle: Absolute indices of the blocks that may be replaced.
         num_kept: How many of them stay.
         how: Rank, steps and seed.
@@ -126,7 +132,7 @@ def learn_replacement(
         ConfigError: The rank is more than their inner width.
     """
     source, mixed = random.Random(how.seed), MixedModel(full, middle, how)
-    size = max(1, _STEP_TOKENS // rows.shape[1])
+    size = max(1, _STEP_TOKENS // len(rows[0]["input_ids"]))
     cut = max(1, len(rows) * 3 // 4)
     learn, judge = (part if len(part) else rows for part in (rows[:cut], rows[cut:]))
     scores = dict.fromkeys(middle, 0.0)
@@ -141,9 +147,10 @@ def learn_replacement(
     return Replacement(scores=scores, harmonizers=mixed.parameters_beside(kept))
 
 
-def _batch(rows: Tensor, step: int, size: int) -> Tensor:
+def _batch(rows: Sequence[Mapping[str, Tensor]], step: int, size: int) -> Batch:
     """Return the rows of a step; behind the last comes the first."""
-    return rows[torch.arange(step * size, (step + 1) * size) % len(rows)]
+    places = range(step * size, (step + 1) * size)
+    return collate([rows[place % len(rows)] for place in places], torch.device("cpu"))
 
 
 class _Slot(StandIn):
@@ -187,24 +194,24 @@ class MixedModel:
         self._parameters = own
         self._check_identity(full.config.model_type)
 
-    def train(self, ids: Tensor, kept: Collection[int]) -> None:
+    def train(self, batch: Batch, kept: Collection[int]) -> None:
         """Take a step of the harmonizers that stand beside some kept blocks.
 
         Args:
-            ids: ``(B, T)``.
+            batch: Rows of text.
             kept: Absolute indices.
         """
         self._optimizer.zero_grad()
         with torch.enable_grad():
-            loss = self._mean_loss(ids, kept)
+            loss = self._mean_loss(batch, kept)
             torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._optimizer.step()
 
     @torch.no_grad()
-    def loss(self, ids: Tensor, kept: Collection[int]) -> float:
+    def loss(self, batch: Batch, kept: Collection[int]) -> float:
         """Return the mean cross-entropy of the next token, in nats, beside some kept blocks."""
-        return float(self._mean_loss(ids, kept))
+        return float(self._mean_loss(batch, kept))
 
     def parameters_beside(self, kept: Collection[int]) -> dict[int, dict[str, Tensor]]:
         """Return the parameters of every other block's harmonizer, by path in the block."""
@@ -214,12 +221,12 @@ class MixedModel:
             if index not in kept
         }
 
-    def _mean_loss(self, ids: Tensor, kept: Collection[int]) -> Tensor:
+    def _mean_loss(self, batch: Batch, kept: Collection[int]) -> Tensor:
         for index, slot in self._slots.items():
             slot.replaced = index not in kept
-        ids = ids.to(self._device)
-        logits = self._model(input_ids=ids, use_cache=False).logits
-        return sum_cross_entropy(logits, ids) / ids[:, 1:].numel()
+        logits = self._model(**inputs_of(batch, self._device), use_cache=False).logits
+        labels = batch["labels"].to(self._device)
+        return sum_cross_entropy(logits, labels) / targets_in([batch])
 
     def _check_identity(self, model_type: str) -> None:
         changed: list[bool] = []
@@ -229,7 +236,8 @@ class MixedModel:
             changed.append(not torch.equal(args[0], after))
 
         handles = [slot.register_forward_hook(see) for slot in self._slots.values()]
-        self.loss(torch.arange(1, 5)[None], ())
+        tokens = torch.arange(1, 5)[None]
+        self.loss({"input_ids": tokens, "labels": tokens}, ())
         for handle in handles:
             handle.remove()
         if any(changed):

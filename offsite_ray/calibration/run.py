@@ -3,19 +3,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from safetensors.torch import load_file
-
-from offsite_ray.bundle import atomic_file, fingerprint, specs, user_cache, write_file
-from offsite_ray.bundle.digest import digest_plain
+from offsite_ray.architectures import load_tokenizer
+from offsite_ray.bundle import digest_plain, fingerprint
+from offsite_ray.calibration.files import Kept
 from offsite_ray.calibration.gradients import GradientScores
 from offsite_ray.calibration.losses import PartialLoss
 from offsite_ray.calibration.moments import InputMoments
@@ -25,13 +20,12 @@ from offsite_ray.calibration.replacement import (
     learn_replacement,
 )
 from offsite_ray.calibration.signals import BlockSignals, block_signals
-from offsite_ray.data import IGNORED, all_blocks
-from offsite_ray.errors import DataError, StorageError
+from offsite_ray.calibration.text import as_trained, batches_of, draw_rows
 from offsite_ray.results import to_plain
 from offsite_ray.training.sources import prepared_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from torch import Tensor
 
@@ -40,9 +34,7 @@ if TYPE_CHECKING:
     from offsite_ray.config import CompressConfig
     from offsite_ray.full_model import FullModel
 
-_BATCH_TOKENS = 8192
-"""Of what goes through a block at once."""
-_VERSION = 1
+_VERSION = 2
 """Of what the cache holds."""
 
 _SOURCES: dict[Need, type[InputMoments] | type[GradientScores]] = {
@@ -55,27 +47,34 @@ class Calibration:
     """What the full model says of its blocks on a text; each thing computed when it is asked."""
 
     def __init__(
-        self, full: FullModel, rows: Tensor, data: str | None, training: HarmonizerTraining
+        self,
+        full: FullModel,
+        rows: Sequence[Mapping[str, Tensor]],
+        data: str | None,
+        training: HarmonizerTraining,
     ) -> None:
         """Take the text.
 
         Args:
             full: The full model, on disk.
-            rows: ``(N, T)``, nothing of it padding.
+            rows: Of prepared data, nothing of it padding.
             data: Digest of the prepared data that the rows are of.
             training: How harmonizers are trained, if somebody asks for them.
         """
         self._full = full
-        self._rows = rows
+        self._rows = as_trained(rows, full)
         self._training = training
-        self._batches = torch.split(rows, max(1, _BATCH_TOKENS // rows.shape[1]))
-        self.recipe = {"data": data, "num_sequences": len(rows), "seq_len": rows.shape[1]}
-        self._key = digest_plain(
-            {
-                "version": _VERSION,
-                "model": to_plain(fingerprint(full.path, full.weights, {})),
-                "rows": rows.tolist(),
-            }
+        self._batches = batches_of(self._rows)
+        seq_len = len(rows[0]["input_ids"])
+        self.recipe = {"data": data, "num_sequences": len(rows), "seq_len": seq_len}
+        self._kept = Kept(
+            digest_plain(
+                {
+                    "version": _VERSION,
+                    "model": to_plain(fingerprint(full.path, full.weights, {})),
+                    "batches": [{n: t.tolist() for n, t in b.items()} for b in self._batches],
+                }
+            )
         )
         self._known: dict[tuple[int, ...], float] = {}
         self._learnt: dict[str, Replacement] = {}
@@ -96,7 +95,10 @@ class Calibration:
         """Return the loss without some of the blocks; see :class:`PartialLoss`."""
         key = tuple(sorted(dropped))
         if key not in self._known:
-            self._known[key] = self._partial_loss(key)
+            name = ",".join(map(str, key))
+            self._known[key] = self._kept.number(
+                "-losses", name, lambda: self._partial_loss([*dropped])
+            )
         return self._known[key]
 
     def scores(self, middle: Sequence[int], num_kept: int) -> Mapping[int, float]:
@@ -113,15 +115,13 @@ class Calibration:
             return learnt.tensors()
 
         if key not in self._learnt:
-            tensors = self._remembered(f"-replace-{key}", learn)
+            tensors = self._kept.tensors(f"-replace-{key}", learn)
             self._learnt[key] = Replacement.of(middle, tensors)
         return self._learnt[key]
 
     def statistics(self, need: Need, blocks: Collection[int]) -> InputMoments | GradientScores:
         """Return what there is to say of the matrices of some blocks."""
-        folder = user_cache("calibration")
-        kept = folder / f"{self._key}-{need}" if folder is not None and _takes(folder) else None
-        return _SOURCES[need](self._full, self._batches, blocks, kept)
+        return _SOURCES[need](self._full, self._batches, blocks, self._kept.folder(f"-{need}"))
 
     @cached_property
     def _signals(self) -> BlockSignals:
@@ -129,20 +129,7 @@ class Calibration:
             found = block_signals(self._full, self._batches)
             return {name: getattr(found, name) for name in BlockSignals.__slots__}
 
-        return BlockSignals(**self._remembered("", signals))
-
-    def _remembered(self, what: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Return tensors from the user's cache, or computed and kept there."""
-        folder = user_cache("calibration")
-        file = None if folder is None else folder / f"{self._key}{what}.safetensors"
-        if file is not None and file.is_file():
-            return load_file(file)
-        found = compute()
-        if file is not None:
-            # Where it cannot be kept, it is computed again.
-            with contextlib.suppress(StorageError), atomic_file(file) as tmp:
-                write_file(tmp, specs(found))
-        return found
+        return BlockSignals(**self._kept.tensors("", signals))
 
     @cached_property
     def _partial_loss(self) -> PartialLoss:
@@ -165,33 +152,9 @@ def calibrate(full: FullModel, config: CompressConfig, notice: Notice | None) ->
             Path(folder),
             notice,
         )
-        rows = _draw(data.path, config.calibration_sequences, config.seed)
+        pad = int(load_tokenizer(full.path).pad_token_id or 0)
+        rows = draw_rows(data.path, config.calibration_sequences, config.seed, pad)
         training = HarmonizerTraining(
             rank=config.harmonizer_rank, steps=config.harmonizer_steps, seed=config.seed
         )
         return Calibration(full, rows, data.digest, training)
-
-
-def _takes(folder: Path) -> bool:
-    """Return whether files can be kept in a folder, which is made if need be."""
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    return os.access(folder, os.W_OK)
-
-
-def _draw(path: Path, count: int, seed: int) -> Tensor:
-    """Return ``count`` rows of prepared data drawn by a seed (or all), of those without padding."""
-    blocks = all_blocks(path)
-    found: list[Tensor] = []
-    for index in np.random.default_rng(seed).permutation(len(blocks)):
-        row = blocks[int(index)]
-        if int(row["labels"][-1]) != IGNORED:
-            found.append(row["input_ids"])
-        if len(found) == count:
-            break
-    if not found:
-        raise DataError(
-            f"{path} has no row that text fills to its end; calibrate on running text, or on "
-            "shorter rows (--calibration-seq-len)"
-        )
-    return torch.stack(found)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from offsite_ray.full_model import FullModel
+    from offsite_ray.training.protocols import Batch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,12 +61,12 @@ def _centred_gram(states: Tensor) -> Tensor:
     return centred @ centred.T
 
 
-def block_signals(full: FullModel, batches: Sequence[Tensor]) -> BlockSignals:
+def block_signals(full: FullModel, batches: Sequence[Batch]) -> BlockSignals:
     """Return the signals of a full model on some sequences, in one pass.
 
     Args:
         full: The full model, on disk.
-        batches: ``(B, T)`` each, nothing of it padding.
+        batches: Rows of text, nothing of it padding.
     """
     num_blocks = full.arch.num_blocks
     cosines = torch.zeros(num_blocks, dtype=torch.float64)
@@ -86,7 +87,7 @@ def block_signals(full: FullModel, batches: Sequence[Tensor]) -> BlockSignals:
         keep(index + 1, after)
 
     blockwise_forward(full, batches, see)
-    num_tokens = sum(batch.numel() for batch in batches)
+    num_tokens = sum(batch["input_ids"].numel() for batch in batches)
     return BlockSignals(
         similarity=(cosines / num_tokens).float(),
         last=torch.stack([torch.cat(each) for each in last]),

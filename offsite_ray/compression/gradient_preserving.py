@@ -58,12 +58,6 @@ class Scores:
         return Scores(self.curvature + other.curvature, self.slope + other.slope)
 
 
-def score(matrix: ScoredMatrix, change: Tensor, privacy: float) -> float:
-    """Return the score of a change, ``(out, in)``: the definition, entry by entry."""
-    curved = matrix.outputs @ change @ matrix.inputs
-    return float(curved.abs().sum() - privacy * (matrix.gradient * change).sum())
-
-
 def component_scores(matrix: ScoredMatrix) -> Scores:
     """Return the scores of the singular components ``s_k u_k v_k^T``, largest value first.
 

@@ -37,6 +37,10 @@ class Step:
     as it is."""
     needs: Need | None = None
     """What it wants to know of the matrix, which takes text."""
+    makes_zeros: bool = False
+    """Whether what it takes from a matrix are weights or channels, which are zero from then on."""
+    fills_zeros: bool = False
+    """Whether what was zero before it is so no more."""
     packed_bits: int | None = None
     """Bits in which the result can be stored; None: it is stored like any other tensor."""
 
@@ -118,6 +122,12 @@ def parse_compression(text: str) -> Compression:
                 f"compression {text!r} has {following.method} behind quantize, whose levels it "
                 "would leave; put quantize last"
             )
+    for step, later in itertools.combinations(steps, 2):
+        if step.makes_zeros and later.fills_zeros:
+            raise ConfigError(
+                f"compression {text!r} has {later.method} behind {step.method}, whose zeros it "
+                "would fill again; leave one of the two out"
+            )
     return Compression(text="+".join(part.strip() for part in text.split("+")), steps=steps)
 
 
@@ -157,6 +167,7 @@ def _prune(words: Sequence[str]) -> Step | None:
             source="Mishra et al., arXiv 2104.08378",
             parameters={"kept": kept, "group": group},
             apply=lambda matrix, _: prune_pattern(matrix, kept, group),
+            makes_zeros=True,
         )
     ratio = _number(words[0]) if len(words) == 1 else math.nan
     if not 0 <= ratio < 1:
@@ -166,6 +177,7 @@ def _prune(words: Sequence[str]) -> Step | None:
         source="Han et al., arXiv 1506.02626, section 3",
         parameters={"ratio": ratio},
         apply=lambda matrix, _: prune_smallest(matrix, ratio),
+        makes_zeros=True,
     )
 
 
@@ -180,6 +192,7 @@ def _quantize(words: Sequence[str]) -> Step | None:
         else "Rastegari et al., arXiv 1603.05279, section 3.1; groups: arXiv 1909.05840",
         parameters={"bits": bits, "group_size": GROUP_SIZE},
         apply=lambda matrix, _: quantize(matrix, bits).dequantized(),
+        fills_zeros=bits == 1,  # there is a level on either side of zero, and none at it
         packed_bits=bits if bits in PACKED_BITS else None,
     )
 
@@ -193,6 +206,7 @@ def _low_rank(words: Sequence[str]) -> Step | None:
         source="Eckart and Young, 1936",
         parameters={"ratio": ratio},
         apply=lambda matrix, _: truncate(matrix, kept_rank(matrix, ratio)),
+        fills_zeros=True,
     )
 
 
@@ -213,6 +227,7 @@ def _low_rank_aware(words: Sequence[str]) -> Step | None:
         parameters={"ratio": ratio},
         apply=apply,
         needs="inputs",
+        fills_zeros=True,
     )
 
 
@@ -240,6 +255,7 @@ def _gradient_preserving(words: Sequence[str]) -> Step | None:
         parameters={"ratio": ratio, "privacy": privacy, "inner_privacy": inner_privacy},
         apply=apply,
         needs="gradients",
+        makes_zeros=True,
     )
 
 

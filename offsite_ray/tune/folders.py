@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The directory of a sweep: where each job lies, its record, and the locks that guard both.
+"""The directory of a sweep: where each job lies, its record, and what is made but once.
 
 A job's record is a file of its own, written at once or not at all, so what is finished is known
 whatever happened to the process that ran the sweep.
@@ -7,20 +7,16 @@ whatever happened to the process that ran the sweep.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.bundle import atomic_file, storage_error
+from offsite_ray.bundle import alone, atomic_file
 from offsite_ray.errors import StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
@@ -28,9 +24,6 @@ FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 
 Record = dict[str, Any]
 """What is known of a job that has come to an end: plain values, as JSON holds them."""
-
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What a file system answers that has no locks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,37 +150,6 @@ def once(path: Path, make: Callable[[Path], object]) -> Path:
             if not path.exists():
                 make(path)
     return path
-
-
-@contextlib.contextmanager
-def alone(lock: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a lock, which goes with the process however it ends.
-
-    Args:
-        lock: File to hold it by; it stays, and names the process that held it last.
-        wait: Whether to wait for whoever holds it.
-
-    Raises:
-        StorageError: Someone else holds it, and waiting is not wanted.
-    """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise StorageError(
-                f"another sweep is at work in {lock.parent}; wait for its end, or choose another "
-                "--out"
-            ) from error
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise storage_error(lock, error) from error
-        os.truncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def remove(*paths: Path) -> None:

@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.bundle import atomic_directory
+from offsite_ray.bundle import alone, atomic_directory
 from offsite_ray.data import is_prepared
 from offsite_ray.tune.attempts import ARTEFACTS
-from offsite_ray.tune.folders import FAILED, Folders, alone, remove
+from offsite_ray.tune.folders import FAILED, Folders, remove
 from offsite_ray.tune.front import front
 from offsite_ray.tune.plan import Job
 from offsite_ray.tune.space import NUM_WORKERS

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offsite_ray.architectures import load_config, model_directory, resolve_architecture
-from offsite_ray.bundle import check_parent
+from offsite_ray.bundle import alone, check_parent
 from offsite_ray.data import is_prepared, open_prepared, write_blocks
 from offsite_ray.errors import ConfigError
 from offsite_ray.tune.attempts import run_one_by_one
@@ -25,7 +25,6 @@ from offsite_ray.tune.folders import (
     FINISHED,
     STOPPED,
     Folders,
-    alone,
     once,
 )
 from offsite_ray.tune.front import (
@@ -154,7 +153,8 @@ def sweep(config: SweepConfig, notice: Notice, watching: Callable[[Sweep], Watch
     start = time.perf_counter()
     root = Path(config.out).resolve()
     check_parent(root / "sweep")
-    with alone(root / ".lock", wait=False):
+    busy = f"another sweep is at work in {root}; wait for its end, or choose another --out"
+    with alone(root / ".lock", busy=busy):
         planned = plan_sweep(config, root, notice)
         watch: Watch = TensorBoardToo(planned.folders.tensorboard, watching(planned))
         if not config.keep_bundles:

@@ -6,11 +6,12 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from offsite_ray.bundle import alone
 from offsite_ray.data import open_prepared
 from offsite_ray.distillation.cache import cache_task, ensure_cache, needed_ends
 from offsite_ray.emulator import blocks_path, open_bundle, open_full_model
 from offsite_ray.training import keeps_documents_apart
-from offsite_ray.tune.folders import Folders, alone
+from offsite_ray.tune.folders import Folders
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.bundle import read_manifest
+from offsite_ray.bundle import alone, read_manifest
 from offsite_ray.bundle.manifest import now
 from offsite_ray.config import CompressConfig, DistillConfig, EvaluateConfig, FinetuneConfig
 from offsite_ray.distillation import distill, fill_here
@@ -30,7 +30,6 @@ from offsite_ray.tune.folders import (
     FINISHED,
     Folders,
     Record,
-    alone,
     read_record,
     remove,
     write_json,
