@@ -110,6 +110,9 @@ def test_a_sweep_does_not_go_on_with_other_contents_under_the_same_name(
     plan_sweep(config, out, lambda _: None)
     (Folders(out).trials / "at-work").mkdir(parents=True)
     plan_sweep(config, out, lambda _: None)
+    other_names = a_config(loop, out, model=str(loop.model), text=(str(loop.text),))
+    plan_sweep(other_names, out, lambda _: None)
+    plan_sweep(config, out, lambda _: None)
     if changed == "model":
         full = AutoModelForCausalLM.from_pretrained(model)
         with torch.no_grad():

@@ -78,22 +78,35 @@ def check_same(config: SweepConfig, folders: Folders, model: Path) -> None:
 
 
 def _first_other(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Return in words the first setting that may not change and did; None if there is none."""
+    """Return in words the first setting that may not change and did; None if there is none.
+
+    The same model or text may have another name.
+    """
+    held, contents = before.get("contents", {}), now["contents"]
     for name in sorted(set(now) - _FREE_TO_CHANGE - {"contents"}):
-        if before.get(name) != now[name]:
-            return f"{name}={before.get(name)!r}, not {now[name]!r}"
-    held = before.get("contents", {})
-    changed = (path for path, digest in now["contents"].items() if held.get(path) != digest)
-    return next((f"other contents of {path}" for path in changed), None)
+        same = name in contents and held.get(name) == contents[name]
+        if same or (name not in contents and before.get(name) == now[name]):
+            continue
+        if before.get(name) == now[name]:
+            return f"other contents of {now[name]}"
+        return f"{name}={before.get(name)!r}, not {now[name]!r}"
+    return None
 
 
-def _contents(config: SweepConfig, model: Path) -> dict[str, str]:
-    """Return a digest of the full model and of every text and task that is one local file."""
-    tasks = (entry.partition("=")[2] for entry in config.task_data)
-    sources = {*config.private, *config.public, *config.text, *tasks}
-    files = {source: digest_file(Path(source)) for source in sources if Path(source).is_file()}
-    print_of_model = asdict(fingerprint(model, open_weights(model), {}))
-    return {config.model: digest_plain(print_of_model), **files}
+def _contents(config: SweepConfig, model: Path) -> dict[str, list[str]]:
+    """Return by setting a digest of the full model, and of each text that is one local file."""
+    tasks = (entry.partition("=") for entry in config.task_data)
+    return {
+        "model": [digest_plain(asdict(fingerprint(model, open_weights(model), {})))],
+        "private": [_content(source) for source in config.private],
+        "public": [_content(source) for source in config.public],
+        "text": [_content(source) for source in config.text],
+        "task_data": [f"{task}={_content(file)}" for task, _, file in tasks],
+    }
+
+
+def _content(source: str) -> str:
+    return digest_file(Path(source)) if Path(source).is_file() else source
 
 
 def trainable_variants(
