@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from offsite_ray.architectures import block_model
 from offsite_ray.calibration import forward
 from offsite_ray.calibration.text import batches_of
+from offsite_ray.config import CompressConfig
 from tests.stock import blocks_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     import pytest
     from torch import Tensor
@@ -107,4 +109,33 @@ def read_blocks(monkeypatch: pytest.MonkeyPatch, most: int = 1) -> list[int]:
         return model
 
     monkeypatch.setattr(forward, "block_model", counted)
+    return found
+
+
+def config(model: Path, out: Path, text: Path, **given: Any) -> CompressConfig:
+    return CompressConfig(
+        model=str(model),
+        out=str(out),
+        calibration=(str(text),),
+        **{"plan": "1-2-1", "calibration_sequences": 6, "calibration_seq_len": 16, **given},
+    )
+
+
+def stock_states(model: Any, tokens: Tensor) -> list[Tensor]:
+    """Return the hidden states before each block and behind the last, by hooks."""
+    found: list[Tensor] = []
+
+    def before(_module: Any, args: Any, kwargs: Any) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+
+    def behind(_module: Any, _args: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    blocks = blocks_in(model)
+    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
+    handles.append(blocks[-1].register_forward_hook(behind))
+    with torch.no_grad():
+        model(input_ids=tokens, use_cache=False)
+    for handle in handles:
+        handle.remove()
     return found

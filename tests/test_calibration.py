@@ -18,7 +18,6 @@ import torch.nn.functional as F
 
 from offsite_ray.calibration import BlockSignals, block_signals, blockwise_forward, calibrate
 from offsite_ray.calibration.losses import PartialLoss
-from offsite_ray.calibration.text import as_trained, batches_of
 from offsite_ray.config import CompressConfig, EvaluateConfig
 from offsite_ray.data import write_blocks
 from offsite_ray.emulator import compress, open_bundle
@@ -27,19 +26,9 @@ from offsite_ray.evaluation import evaluate
 from offsite_ray.full_model import open_full_model
 from offsite_ray.selection import SELECTION_METHODS
 from tests.adapters import make_adapter
-from tests.calibrations import (
-    NOT_APART,
-    SIX,
-    batches,
-    documents,
-    mean_loss,
-    packed,
-    read_blocks,
-    tokens_of,
-)
-from tests.stock import blocks_in, put_blocks, stock
-from tests.texts import write_rows
-from tests.tiny_models import END_OF_TEXT, FAMILIES, NUM_BLOCKS, save_tiny, tiny_tokenizer
+from tests.calibrations import SIX, batches, config, mean_loss, stock_states, tokens_of
+from tests.stock import blocks_in, stock
+from tests.tiny_models import FAMILIES, NUM_BLOCKS, save_tiny
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,26 +40,6 @@ if TYPE_CHECKING:
 CALIBRATED = [
     name for name, row in SELECTION_METHODS.items() if row.needs_text and not row.replaces
 ]
-
-
-def stock_states(model: Any, tokens: Tensor) -> list[Tensor]:
-    """Return the hidden states before each block and behind the last, by hooks."""
-    found: list[Tensor] = []
-
-    def before(_module: Any, args: Any, kwargs: Any) -> None:
-        found.append(args[0] if args else kwargs["hidden_states"])
-
-    def behind(_module: Any, _args: Any, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
-
-    blocks = blocks_in(model)
-    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
-    handles.append(blocks[-1].register_forward_hook(behind))
-    with torch.no_grad():
-        model(input_ids=tokens, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -119,119 +88,6 @@ def test_signals_by_hand() -> None:
     assert found.distance(0, 1) == pytest.approx(0.25)
     assert found.distance(0, 2) == pytest.approx(0.5)
     assert found.alignment(0, 1) == 0.0, "one sequence varies in nothing"
-
-
-@pytest.mark.parametrize("family", SIX)
-def test_documents_in_a_row_do_not_see_each_other(tmp_path: Path, family: str) -> None:
-    full = open_full_model(save_tiny(family, tmp_path / "model"))
-    given = batches_of(as_trained(packed(tokens_of()), full))
-    assert ("position_ids" in given[0]) is (family not in NOT_APART)
-    whole: Any = stock(full.path)
-    assert PartialLoss(full, given)([]) == pytest.approx(mean_loss(whole, given), rel=1e-5)
-    seen: list[Tensor] = []
-    blockwise_forward(full, given, lambda _index, _before, after: seen.append(after))
-    alone = [stock_states(whole, tokens)[-1] for batch in given for tokens, _ in documents(batch)]
-    expected = torch.cat([states[0] for states in alone])
-    torch.testing.assert_close(seen[-1].flatten(0, 1), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_what_a_row_must_be_to_be_drawn(loop: Loop, tmp_path: Path) -> None:
-    rows = [
-        {"prompt": "a" * 40, "completion": "b"},  # fills a row and predicts nothing
-        {"text": "c" * 14},  # fifteen with its end: the next begins at the end of the row
-        {"text": "d" * 10},
-        {"prompt": "e", "completion": "f" * 12},  # no room for it: the row before it is padded
-        {"prompt": "h", "completion": "i" * 10},  # and so is that of the one before this
-        {"text": "j" * 12},
-    ]
-    write_rows(tmp_path / "rows.jsonl", rows)
-    write_blocks([str(tmp_path / "rows.jsonl")], loop.model, 16, tmp_path / "data")
-    given = config(loop.model, tmp_path / "out", tmp_path / "data", calibration_seq_len=None)
-    drawn = calibrate(open_full_model(loop.model), given, None)
-    texts = sorted(tiny_tokenizer().decode(row["input_ids"].tolist()) for row in drawn._rows)
-    end = END_OF_TEXT
-    assert texts == [f"{'c' * 14}{end}d", f"h{'i' * 10}{end}jjjj"]
-
-
-def test_a_text_of_one_document_is_read_as_ever(loop: Loop, tmp_path: Path) -> None:
-    given = config(loop.model, tmp_path / "out", loop.text)
-    drawn = calibrate(open_full_model(loop.model), given, None)
-    for batch in drawn._batches:
-        assert set(batch) == {"input_ids", "labels"}
-        assert torch.equal(batch["labels"][:, 1:], batch["input_ids"][:, 1:])
-
-
-@pytest.mark.parametrize("family", SIX)
-def test_the_loss_without_some_blocks(tmp_path: Path, family: str) -> None:
-    model = save_tiny(family, tmp_path / "model")
-    tokens = tokens_of(5, 12)
-    loss = PartialLoss(open_full_model(model), batches(tokens))
-    whole: Any = stock(model)
-    with torch.no_grad():
-        expected = whole(input_ids=tokens, labels=tokens, use_cache=False).loss
-    assert loss([]) == pytest.approx(float(expected), rel=1e-5)
-    # What the others compute does not hang on what is left out: a block that changes nothing
-    # is as good as none.
-    states = stock_states(whole, tokens)
-    blocks = list(blocks_in(whole))
-    assert len(states) == len(blocks) + 1
-    dropped = [2, 4]
-    for index in dropped:
-        blocks[index].forward = _unchanged(family)
-    put_blocks(whole, torch.nn.ModuleList(blocks))
-    with torch.no_grad():
-        expected = whole(input_ids=tokens, labels=tokens, use_cache=False).loss
-    assert loss(dropped) == pytest.approx(float(expected), rel=1e-5)
-
-
-def test_a_loss_goes_on_from_the_block_that_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    full, given = open_full_model(save_tiny("llama", tmp_path / "model")), batches(tokens_of())
-    monkeypatch.setattr("offsite_ray.calibration.losses._HELD_BYTES", 0)
-    blocks = read_blocks(monkeypatch)
-    loss = PartialLoss(full, given)
-    for dropped, expected in [
-        ([], [0, 1, 2, 3, 4, 5]),
-        ([1], [0, 2, 3, 4, 5]),
-        ([2], [1, 3, 4, 5]),
-        ([4], [2, 3, 5]),
-        ([2, 1], [0, 3, 4, 5]),  # block 2 was not dropped below block 4
-        ([2, 3], [1, 4, 5]),
-        ([2, 5], [3, 4]),
-        ([], [0, 1, 2, 3, 4, 5]),
-    ]:
-        del blocks[:]
-        found = loss(dropped)
-        assert blocks == expected
-        assert found == PartialLoss(full, given)(dropped)
-
-
-def test_a_model_that_is_small_is_read_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    blocks = read_blocks(monkeypatch, most=5)
-    loss = PartialLoss(open_full_model(save_tiny("gpt2", tmp_path / "model")), batches(tokens_of()))
-    losses = [loss(dropped) for dropped in ([], [1], [2], [])]
-    assert losses[0] == losses[3]
-    assert len(set(losses)) == 3
-    assert blocks == [0, 1, 2, 3, 4, 5]
-
-
-def _unchanged(family: str) -> Any:
-    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        return (hidden_states, None) if family == "bloom" else hidden_states
-
-    return forward
-
-
-def config(model: Path, out: Path, text: Path, **given: Any) -> CompressConfig:
-    return CompressConfig(
-        model=str(model),
-        out=str(out),
-        calibration=(str(text),),
-        **{"plan": "1-2-1", "calibration_sequences": 6, "calibration_seq_len": 16, **given},
-    )
 
 
 @pytest.mark.parametrize(("family", "method"), list(itertools.product(SIX, CALIBRATED)))
@@ -302,49 +158,6 @@ def test_what_is_missing_is_said(loop: Loop, tmp_path: Path) -> None:
                 calibration_seq_len=None,
             )
         )
-
-
-def test_greedy_drops_the_block_without_which_the_model_is_best(loop: Loop, tmp_path: Path) -> None:
-    made = compress(
-        config(loop.model, tmp_path / "bundle", loop.text, plan="1-3-1", select="greedy")
-    )
-    full = open_full_model(loop.model)
-    given = config(loop.model, tmp_path / "none", loop.text, plan="1-3-1", select="greedy")
-    loss = PartialLoss(full, calibrate(full, given, None)._batches)
-    losses = {block: loss([block]) for block in range(1, 5)}
-    best = min(losses, key=lambda block: losses[block])
-    assert made.emulator == tuple(block for block in range(1, 5) if block != best)
-
-
-def test_greedy_evaluates_each_set_of_blocks_once(
-    loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    calls: list[tuple[int, ...]] = []
-    evaluate_once = PartialLoss.__call__
-
-    def counted(self: PartialLoss, dropped: Any) -> float:
-        calls.append(tuple(sorted(dropped)))
-        return evaluate_once(self, dropped)
-
-    monkeypatch.setattr(PartialLoss, "__call__", counted)
-
-    def made(name: str, plan: str) -> tuple[int, ...]:
-        given = config(loop.model, tmp_path / name, loop.text, plan=plan, select="greedy")
-        return compress(given).emulator
-
-    kept = made("two", "1-2-1")
-    assert sorted(map(len, calls)) == [1] * 4 + [2] * 3
-    assert len(set(calls)) == 7
-    del calls[:]
-    assert made("again", "1-2-1") == kept
-    assert set(kept) < set(made("three", "1-3-1"))
-    assert calls == [], "a smaller drop is the beginning of a larger one"
-    assert set(made("one", "1-1-1")) < set(kept)
-    assert [len(dropped) for dropped in calls] == [3, 3], "a larger one goes on from it"
-    (file,) = (tmp_path / "cache" / "offsite_ray" / "calibration").glob("*-losses.json")
-    file.write_text("{")
-    assert made("damaged", "1-2-1") == kept
 
 
 @pytest.mark.parametrize(

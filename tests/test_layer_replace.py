@@ -21,7 +21,6 @@ from offsite_ray.calibration.replacement import (
     learn_replacement,
     rewarded,
 )
-from offsite_ray.calibration.text import as_trained, batches_of
 from offsite_ray.cli import main
 from offsite_ray.config import DistillConfig, EvaluateConfig
 from offsite_ray.distillation import distill
@@ -33,7 +32,7 @@ from offsite_ray.full_model import open_full_model
 from offsite_ray.inspection import inspect_path
 from offsite_ray.training import run_here
 from tests.adapters import make_adapter
-from tests.calibrations import SIX, batches, mean_loss, packed, rows_of, tokens_of
+from tests.calibrations import SIX, batches, rows_of, tokens_of
 from tests.harmonizers import HOW, MIDDLE, RANK, config, dead_parts, harmonized
 from tests.loops import ignore
 from tests.stock import blocks_in, logits_of, plug, put_blocks, same_bytes, stock, stored
@@ -112,18 +111,6 @@ def test_a_fresh_harmonizer_changes_nothing_and_a_trained_one_fits(
         mixed.train(batch, [2])
     assert mixed.loss(batch, [2]) < before - 0.02
     assert sorted(mixed.parameters_beside([2])) == [1, 3, 4]
-
-
-@pytest.mark.parametrize("family", SIX)
-def test_documents_in_a_row_are_judged_on_their_own(tmp_path: Path, family: str) -> None:
-    full = open_full_model(save_tiny(family, tmp_path / "model"))
-    (batch,) = batches_of(as_trained(packed(tokens_of()), full))
-    mixed = MixedModel(full, MIDDLE, HOW)
-    expected = mean_loss(stock(full.path), [batch])
-    assert mixed.loss(batch, MIDDLE) == pytest.approx(expected, rel=1e-5)
-    for _ in range(5):
-        mixed.train(batch, [2, 3])
-    assert mixed.loss(batch, MIDDLE) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_harmonizer_by_hand() -> None:

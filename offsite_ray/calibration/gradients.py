@@ -89,7 +89,6 @@ def _read(file: Path) -> dict[str, MatrixStatistics]:
 
 
 def _write(full: FullModel, batches: Sequence[Batch], files: Mapping[int, Path]) -> None:
-    on_disk = stored_alone(full.config, full.arch, full.weights.tensors)
     num_tokens = sum(batch["input_ids"].numel() for batch in batches)
     model = BlockwiseModel(full, batches)
     with tempfile.TemporaryDirectory() as folder:
@@ -104,20 +103,24 @@ def _write(full: FullModel, batches: Sequence[Batch], files: Mapping[int, Path])
                 with torch.enable_grad():
                     output = model.run(index, block, number, hidden)
                 (gradients[number],) = torch.autograd.grad(output, hidden, gradient)
-            if index not in files:
-                continue
-            matrices = {path: each.result(num_tokens) for path, each in sums.items()}
-            names = {
-                path: on_disk.get(f"{full.arch.family.blocks}.{index}.{path}.weight")
-                for path in matrices
-            }
-            found = {
-                f"{kind}|{names[path]}": torch.stack([scores.curvature, scores.slope])
-                for path, (kind, scores) in _scores(matrices, feed_forward(block)).items()
-                if names[path] is not None
-            }
-            with atomic_file(files[index]) as tmp:
-                write_file(tmp, specs(found))
+            if index in files:
+                matrices = {path: each.result(num_tokens) for path, each in sums.items()}
+                _save(full, index, _scores(matrices, feed_forward(block)), files[index])
+
+
+def _save(
+    full: FullModel, index: int, scores: Mapping[str, tuple[str, Scores]], file: Path
+) -> None:
+    """Write the scores of a block's matrices, by path in the block, under their names on disk."""
+    on_disk = stored_alone(full.config, full.arch, full.weights.tensors)
+    prefix = f"{full.arch.family.blocks}.{index}."
+    found = {
+        f"{kind}|{on_disk[f'{prefix}{path}.weight']}": torch.stack([own.curvature, own.slope])
+        for path, (kind, own) in scores.items()
+        if f"{prefix}{path}.weight" in on_disk
+    }
+    with atomic_file(file) as tmp:
+        write_file(tmp, specs(found))
 
 
 class _Inputs:
@@ -199,15 +202,18 @@ class _Sums:
         def backward(gradient: Tensor) -> None:
             outputs = gradient.flatten(0, -2).float()
             new = [inputs.T @ inputs, outputs.T @ outputs, outputs.T @ inputs]
-            before = self._sums or [torch.zeros_like(each) for each in new]
-            self._sums = [a + b for a, b in zip(before, new, strict=True)]
+            if not self._sums:
+                self._sums = new
+                return
+            for total, each in zip(self._sums, new, strict=True):
+                total.add_(each)
 
         output.register_hook(backward)
 
     def result(self, num_tokens: int) -> ScoredMatrix:
         """Return the means, and stop listening."""
         self._handle.remove()
-        inputs, outputs, gradient = (each.cpu() / num_tokens for each in self._sums)
+        inputs, outputs, gradient = (each.div_(num_tokens).cpu() for each in self._sums)
         matrix = self._layer.weight.detach().float().cpu()
         if not isinstance(self._layer, nn.Linear):  # GPT-2's: (in, out)
             matrix = matrix.T.contiguous()
