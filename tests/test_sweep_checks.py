@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from offsite_ray.errors import OffsiteError, StorageError
+from offsite_ray.tune import dry_run
 from offsite_ray.tune.folders import Folders
 from offsite_ray.tune.run import plan_sweep
 from tests.sweeps import a_config, run
@@ -60,6 +62,20 @@ def test_a_mistake_is_told_before_anything_runs(
         run(a_config(loop, tmp_path / "out", **changes))
     assert said in str(caught.value)
     assert not (tmp_path / "out" / "trials").exists()
+
+
+def test_a_dry_run_counts_the_jobs_and_writes_nothing(loop: Loop, tmp_path: Path) -> None:
+    config = a_config(loop, tmp_path / "out", seeds=2, dry_run=True)
+    size = dry_run(config, lambda _: None)
+    planned = plan_sweep(
+        dataclasses.replace(config, out=str(tmp_path / "b")), tmp_path / "b", print
+    )
+    assert size.jobs == len(planned.jobs())
+    assert size.jobs == size.full_model + size.full_fine_tuning + size.bounds + size.emulators
+    # two points, of which the undistilled one is its own uniform control
+    assert (size.emulators, size.controls) == (2 * (2 + 3), 2 * 4)
+    assert (size.distillations, size.distill_steps) == (2 * 3, 2 * 3 * 2)
+    assert not (tmp_path / "out").exists()
 
 
 def test_documents_of_tasks_are_found_from_any_directory(

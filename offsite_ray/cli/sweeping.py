@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from offsite_ray.cli.progress import tell
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
     from rich.progress import Progress
 
@@ -45,11 +45,14 @@ class Count:
         Args:
             planned: The sweep.
         """
+        from offsite_ray.tune.space import varying
+
         records = planned.records()
         self.done = sum(map(planned.is_over, records))
         self.failed = 0
         self.best: tuple[float, str] | None = None
         self.total = None if planned.config.search == "optuna" else len(planned.jobs())
+        self._varying = varying(planned.variants)
         for record in records:
             self._look(record)
 
@@ -63,6 +66,10 @@ class Count:
         nats = _nats(record, "plug_in")
         if nats is not None and (self.best is None or nats < self.best[0]):
             self.best = (nats, record["point"])
+
+    def line(self, record: Record) -> str:
+        """Return what became of a job, in a line that tells it from the others."""
+        return job_line(record, self._varying)
 
     @property
     def summary(self) -> str:
@@ -94,7 +101,7 @@ class JobLines:
         """Say what became of a job."""
         self._count.ended(record)
         total = "" if self._count.total is None else f"/{self._count.total}"
-        tell(f"[{self._count.done}{total}] {job_line(record)}")
+        tell(f"[{self._count.done}{total}] {self._count.line(record)}")
 
 
 class JobBar:
@@ -127,7 +134,7 @@ class JobBar:
         """Show what became of a job."""
         self._count.ended(record)
         self._running.pop(record["id"], None)
-        self._progress.console.print(job_line(record), markup=False, highlight=False)
+        self._progress.console.print(self._count.line(record), markup=False, highlight=False)
         self._show()
 
     def _show(self) -> None:
@@ -137,10 +144,15 @@ class JobBar:
         )
 
 
-def job_line(record: Record) -> str:
-    """Return what became of a job, in a line."""
+def job_line(record: Record, varying: Collection[str]) -> str:
+    """Return what became of a job, in a line.
+
+    Args:
+        record: Of the job.
+        varying: Knobs of the sweep that have more than one value.
+    """
     job = record["job"]
-    named = [_WHAT[job["role"]], _settings(job["settings"]), f"seed {job['seed']}"]
+    named = [_WHAT[job["role"]], _settings(job["settings"], varying), f"seed {job['seed']}"]
     if job["control"]:
         named.insert(1, f"{job['control']} control")
     what = ", ".join(filter(None, named))
@@ -155,11 +167,16 @@ def job_line(record: Record) -> str:
     return f"{what}: {'; '.join(found)} ({record['seconds']['all']:.1f} s)"
 
 
-def _settings(settings: Mapping[str, Mapping[str, Any]]) -> str:
+def _settings(settings: Mapping[str, Mapping[str, Any]], varying: Collection[str]) -> str:
     compress, distill = settings.get("compress", {}), settings.get("distill", {})
     parts = [str(value) for value in compress.values() if value != "none"]
     if distill:
         parts.append(f"{distill['max_steps']} steps")
+    for stage, fields in settings.items():
+        for name, value in fields.items():
+            knob = f"{stage}.{name}"
+            if stage != "compress" and knob in varying and knob != "distill.max_steps":
+                parts.append(str(value) if name == "method" else f"{knob}={value}")
     return " ".join(parts)
 
 

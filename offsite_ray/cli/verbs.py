@@ -123,8 +123,10 @@ def _evaluate(config: configs.EvaluateConfig) -> Outcome:
 
 def _sweep(config: configs.SweepConfig) -> Outcome:
     from offsite_ray.cli.sweeping import sweep_progress
-    from offsite_ray.tune import sweep
+    from offsite_ray.tune import dry_run, sweep
 
+    if config.dry_run:
+        return Outcome(plain=to_plain(dry_run(config, tell)))
     with sweep_progress() as watching:
         result = sweep(config, tell, watching)
     return Outcome(plain=to_plain(result))

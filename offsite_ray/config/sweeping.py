@@ -86,6 +86,8 @@ class SweepConfig:
     """Times that a trial that crashed is run again before it counts as failed."""
     keep_bundles: bool = False
     """Keep every emulator bundle; otherwise those of the front and the winner's."""
+    dry_run: bool = False
+    """Only count the jobs and the steps of distillation; nothing is run or written."""
 
     def __post_init__(self) -> None:
         """Check ranges; raise :class:`ConfigError`."""

@@ -5,6 +5,7 @@ What is run is planned with plain values, a job is run by the functions behind t
 ``on_ray`` knows Ray Tune.
 """
 
+from offsite_ray.tune.opening import SweepSize, dry_run
 from offsite_ray.tune.run import Sweep, SweepResult, plan_sweep, sweep
 
-__all__ = ["Sweep", "SweepResult", "plan_sweep", "sweep"]
+__all__ = ["Sweep", "SweepResult", "SweepSize", "dry_run", "plan_sweep", "sweep"]

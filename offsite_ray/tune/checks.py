@@ -41,7 +41,7 @@ _FREE_TO_CHANGE = frozenset(
     {
         "out", "space", "preset", "search", "num_points", "seeds", "baseline", "objectives",
         "privacy_weight", "early_stop", "grace_steps", "reduction_factor", "proxy",
-        "max_concurrent", "num_cpus", "num_gpus", "retries", "keep_bundles",
+        "max_concurrent", "num_cpus", "num_gpus", "retries", "keep_bundles", "dry_run",
     }
 )  # fmt: skip
 """Settings that a sweep that goes on may change: its results stay comparable."""

@@ -32,9 +32,10 @@ RECIPE, BUNDLE = "recipe.yaml", "bundle"
 _HEAD = """\
 # The emulator that won a sweep: {label}, seed {seed}.
 #
-# python jobs/distill.py --root FOLDER --config {name}
-# offsite-ray VERB --config {name}, for each of the verbs below
-# Paths that are not absolute are below that folder.
+# To make it again, in an empty folder, to which the paths below are relative:
+# python jobs/distill.py --root . --config THIS_FILE
+# or, one after the other:
+{verbs}
 """
 
 
@@ -74,8 +75,17 @@ def recipe_text(job: Job, config: SweepConfig, shared: Shared) -> str:
     """Return the YAML by which ``jobs/distill.py`` and the verbs make a job's emulator."""
     import yaml
 
-    head = _HEAD.format(label=label_of(job), seed=job.seed, name=RECIPE)
-    body = yaml.safe_dump(recipe_of_job(job, config, shared), sort_keys=False, width=100)
+    recipe = recipe_of_job(job, config, shared)
+    verbs = "\n".join(f"# offsite-ray {verb} --config THIS_FILE" for verb in recipe)
+    head = _HEAD.format(label=label_of(job), seed=job.seed, verbs=verbs)
+
+    class Plain(yaml.SafeDumper):
+        """Writes a value that stands in two places out in both."""
+
+        def ignore_aliases(self, data: object) -> bool:
+            return True
+
+    body = yaml.dump(recipe, Dumper=Plain, sort_keys=False, width=100)
     return f"{head}\n{body}"
 
 
@@ -159,8 +169,12 @@ class PrunedToo:
 
 def label_of(job: Job) -> str:
     """Return a job's settings in a line."""
-    parts = [f"{f}={v}" for fields in job.settings.values() for f, v in fields.items()]
-    return ", ".join(parts) or job.role
+    stages = (
+        f"{stage} {', '.join(f'{name}={value}' for name, value in fields.items())}"
+        for stage, fields in job.settings.items()
+        if fields
+    )
+    return "; ".join(stages) or job.role
 
 
 def _given(shared: Shared) -> dict[str, Any]:

@@ -8,18 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.architectures import load_config, model_directory, resolve_architecture
 from offsite_ray.bundle import alone, check_parent
 from offsite_ray.data import is_prepared, open_prepared, write_blocks
-from offsite_ray.errors import ConfigError
+from offsite_ray.errors import ConfigError, TrainingError
 from offsite_ray.tune.attempts import run_one_by_one
-from offsite_ray.tune.checks import (
-    check_measuring,
-    check_same,
-    check_space,
-    trainable_variants,
-    workers_per_trial,
-)
+from offsite_ray.tune.checks import check_same, workers_per_trial
 from offsite_ray.tune.folders import (
     FAILED,
     FINISHED,
@@ -36,10 +29,9 @@ from offsite_ray.tune.front import (
     worths,
 )
 from offsite_ray.tune.halving import Halving
-from offsite_ray.tune.plan import Planner
+from offsite_ray.tune.opening import open_sweep, points_of
 from offsite_ray.tune.recipe import PrunedToo, prune_bundles, write_winner
 from offsite_ray.tune.search import Listed, Suggested, asked_points
-from offsite_ray.tune.space import draw, every_value, grid, stage_fields
 from offsite_ray.tune.table import records_of_bounds, rows_of, summaries, write_table
 from offsite_ray.tune.tensorboard import TensorBoardToo
 from offsite_ray.tune.trial import Shared
@@ -53,7 +45,7 @@ if TYPE_CHECKING:
     from offsite_ray.tune.attempts import Watch
     from offsite_ray.tune.folders import Record
     from offsite_ray.tune.front import Distilled
-    from offsite_ray.tune.plan import Job
+    from offsite_ray.tune.plan import Job, Planner
     from offsite_ray.tune.search import Source
     from offsite_ray.tune.space import Point, Variant
     from offsite_ray.tune.table import Row, Summary
@@ -113,9 +105,7 @@ class Sweep:
         """Return the points of a grid or a random search, or those that Optuna asked for so far."""
         if self.config.search == "optuna":
             return asked_points(self.folders.asked, self.planner)
-        if self.config.search == "grid":
-            return grid(self.variants)
-        return draw(self.variants, self.config.num_points or 1, self.config.seed)
+        return points_of(self.variants, self.config)
 
     def records(self) -> list[Record]:
         """Return the records of this sweep's jobs: others are of settings it had before."""
@@ -165,6 +155,7 @@ def sweep(config: SweepConfig, notice: Notice, watching: Callable[[Sweep], Watch
         except KeyboardInterrupt:
             whole = False
         result = finish(planned, time.perf_counter() - start, whole=whole, ran=ran)
+        _check_any(planned.records())
     left = num_left(planned)
     if left or not whole:
         number = f"{left} jobs are" if left else "some jobs are"
@@ -176,28 +167,27 @@ def sweep(config: SweepConfig, notice: Notice, watching: Callable[[Sweep], Watch
     return result
 
 
+def _check_any(records: Sequence[Record]) -> None:
+    """Refuse to call a sweep done of which no emulator was measured."""
+    found = [record for record in records if record["job"]["role"] == "emulator"]
+    failed = [record for record in found if record["status"] == FAILED]
+    if failed and len(failed) == len(found):
+        raise TrainingError(
+            f"every emulator failed ({len(failed)} jobs); the first: {failed[0]['error']}"
+        )
+
+
 def plan_sweep(config: SweepConfig, root: Path, notice: Notice) -> Sweep:
     """Return what a sweep is going to do; its data are prepared and its settings written.
 
     Raises:
         OffsiteError: The space, the data or the model cannot be used.
     """
-    folders = Folders(root)
-    model = model_directory(config.model)
-    model_config = load_config(model)
-    arch = resolve_architecture(model_config, config.blocks)
-    planner = Planner(
-        num_blocks=arch.num_blocks,
-        seeds=range(config.seed, config.seed + config.seeds),
-        baseline=stage_fields("finetune", config.baseline or {}),
-    )
-    variants = trainable_variants(config, model_config, arch, notice)
-    check_space(variants, config)
-    planner.jobs(grid(variants) if config.search == "grid" else every_value(variants))
-    check_measuring(config, model, model_config)
+    folders, opened = Folders(root), open_sweep(config, notice)
+    model = opened.model
     check_same(config, folders, model)
     data = {
-        name: _prepared(sources, model, model_config, config, folders.shared / name, notice)
+        name: _prepared(sources, model, opened.config, config, folders.shared / name, notice)
         for name, sources in (("private", config.private), ("public", config.public))
         if sources
     }
@@ -218,7 +208,13 @@ def plan_sweep(config: SweepConfig, root: Path, notice: Notice) -> Sweep:
         teacher_cache=config.teacher_cache,
         facts={f"{name}_data": found.digest for name, found in data.items()},
     )
-    return Sweep(config=config, folders=folders, planner=planner, variants=variants, shared=shared)
+    return Sweep(
+        config=config,
+        folders=folders,
+        planner=opened.planner,
+        variants=opened.variants,
+        shared=shared,
+    )
 
 
 def _path(source: str) -> str:

@@ -76,6 +76,17 @@ Variant = dict[str, Knob]
 """Knob to its values: a box in the space."""
 
 
+def varying(variants: Sequence[Variant]) -> set[str]:
+    """Return the knobs that have more than one value in a space."""
+    names = {name for variant in variants for name in variant}
+    return {
+        name
+        for name in names
+        if any(isinstance(v.get(name), Range) or len(v.get(name, ())) > 1 for v in variants)  # type: ignore[arg-type]
+        or len({v.get(name) for v in variants}) > 1
+    }
+
+
 def parse_space(plain: Mapping[str, Any], over: Sequence[Mapping[str, Any]] = ()) -> list[Variant]:
     """Return the variants of a space; each is a box of knobs.
 
