@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from offsite_ray.bundle import check_parent
 from offsite_ray.data import is_prepared, open_prepared, write_blocks
 from offsite_ray.errors import ConfigError
 from offsite_ray.tune.attempts import run_one_by_one
+from offsite_ray.tune.bench import Shared
 from offsite_ray.tune.checks import (
     check_measuring,
     check_same,
@@ -20,6 +22,7 @@ from offsite_ray.tune.checks import (
     trainable_variants,
     workers_per_trial,
 )
+from offsite_ray.tune.emulators import discard_stopped
 from offsite_ray.tune.folders import (
     FAILED,
     FINISHED,
@@ -42,7 +45,6 @@ from offsite_ray.tune.search import Listed, Suggested, asked_points
 from offsite_ray.tune.space import draw, every_value, grid, stage_fields
 from offsite_ray.tune.table import records_of_bounds, rows_of, summaries, write_table
 from offsite_ray.tune.tensorboard import TensorBoardToo
-from offsite_ray.tune.trial import Shared
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -112,6 +114,11 @@ class Sweep:
             return grid(self.variants)
         return draw(self.variants, self.config.num_points or 1, self.config.seed)
 
+    def left(self) -> list[Job]:
+        """Return the jobs of known points that are yet to be run, or to be run again."""
+        over = {record["id"] for record in self.folders.records() if self.is_over(record)}
+        return [job for job in self.jobs() if job.id not in over]
+
     def is_over(self, record: Record) -> bool:
         """Return whether a job is not run again: it is where it failed, or none is stopped now."""
         again = (FAILED,) if self.config.early_stop else (FAILED, STOPPED)
@@ -144,7 +151,9 @@ def sweep(config: SweepConfig, notice: Notice, watching: Callable[[Sweep], Watch
         planned = plan_sweep(config, root, notice)
         watch: Watch = TensorBoardToo(planned.folders.tensorboard, watching(planned))
         if not config.keep_bundles:
-            watch = PrunedToo(planned.folders, planned.planner, config.objectives, watch)
+            watch = PrunedToo(
+                planned.folders, planned.planner, config.objectives, planned.left(), watch
+            )
         try:
             whole = _run(planned, watch, notice)
         except KeyboardInterrupt:
@@ -243,7 +252,9 @@ def _run(planned: Sweep, watch: Watch, notice: Notice) -> bool:
         if record["id"] not in known:
             folders.record_file(record["id"]).unlink()
     halving = None
-    if config.early_stop:
+    if not config.early_stop:
+        shutil.rmtree(folders.stopped, ignore_errors=True)
+    else:
         halving = Halving(
             folder=str(folders.rungs),
             grace_steps=config.grace_steps,
@@ -315,7 +326,10 @@ def finish(planned: Sweep, seconds: float, *, whole: bool = True) -> SweepResult
     winner = chosen(points, config.objectives, config.privacy_weight)
     write_page(folders.report, config, rows, points, best, winner)
     if not config.keep_bundles:
-        prune_bundles(folders, records, best)
+        ended = {record["id"] for record in records}
+        wanted = [job for job in planned.jobs() if job.id not in ended]
+        prune_bundles(folders, records, best, wanted)
+    discard_stopped(folders)
     recipe = None
     if winner is not None:
         recipe = write_winner(folders, winner, config, planned.shared, may_make=whole)
