@@ -74,7 +74,7 @@ def test_tune_stops_distillations_that_are_behind(
     space = {
         "compress": {"plan": "adapter=0,5 emulator=2,3"},
         "distill": {"max_steps": 9, "eval_every": 1, "batch_size": 2, "lm_weight": 0.0,
-                    "learning_rate": [1e-2, 1e-8, 1e-9, 1e-10]},
+                    "learning_rate": [1e-2, 1e-9]},
         "finetune": {**SPACE["finetune"], "method": ["full", "lora"]},
     }  # fmt: skip
     config = a_config(
@@ -83,7 +83,7 @@ def test_tune_stops_distillations_that_are_behind(
     )  # fmt: skip
     result, seen = run(config)
     stopped = [row for row in table(result) if row["status"] == "stopped"]
-    assert 0 < len(stopped) == result.num_stopped <= 8
+    assert 0 < len(stopped) == result.num_stopped <= 2
     assert result.num_failed == 0
     ends: dict[str, set[str]] = {}
     for row in table(result):
