@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
@@ -10,13 +11,13 @@ import pyarrow.parquet as pq
 from offsite_ray.config import SweepConfig
 from offsite_ray.tune import SweepResult, sweep
 from offsite_ray.tune.attempts import Silent
+from offsite_ray.tune.plan import Job
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from offsite_ray.tune.folders import Record
-    from offsite_ray.tune.plan import Job
     from tests.loops import Loop
 
 SPACE: dict[str, Any] = {
@@ -71,3 +72,10 @@ def run(config: SweepConfig) -> tuple[SweepResult, Seen]:
 def table(result: SweepResult) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = pq.read_table(result.table).to_pylist()
     return rows
+
+
+def emulator_of(row: dict[str, Any]) -> str:
+    """Return the name of the emulator of a row."""
+    settings = json.loads(row["settings"])
+    job = Job.from_plain({"role": row["role"], "settings": settings, "seed": row["seed"]})
+    return job.emulator or ""

@@ -24,7 +24,7 @@ from offsite_ray.tune.recipe import recipe_of_job
 from offsite_ray.tune.run import plan_sweep
 from offsite_ray.tune.table import COLUMNS
 from tests.loops import ignore
-from tests.sweeps import SPACE, Seen, a_config, run, table
+from tests.sweeps import SPACE, Seen, a_config, emulator_of, run, table
 from tests.tensorboard_events import points
 
 if TYPE_CHECKING:
@@ -167,8 +167,10 @@ def test_a_sweep_of_something_else_is_refused(
 def test_only_bundles_worth_having_are_kept(done: tuple[SweepConfig, SweepResult, Seen]) -> None:
     config, result, _ = done
     folders = Folders(Path(config.out))
-    kept = {path.parent.name for path in folders.trials.glob("*/bundle")}
+    kept = {path.parent.name for path in folders.emulators.glob("*/bundle")}
     assert 0 < len(kept) < 10
+    assert not list(folders.emulators.glob("*/compressed"))
+    assert not list(folders.trials.glob("*/bundle"))
     assert not list(folders.trials.glob("*/adapter"))
     assert not list(folders.trials.glob("*/keep-all"))
     assert not list(folders.trials.glob("*/fine-tuned"))
@@ -225,7 +227,10 @@ def test_distillations_that_are_behind_are_stopped_and_controls_are_not(
     assert {json.loads(r["settings"])["distill"]["learning_rate"] for r in stopped} <= {
         1e-8, 1e-9, 1e-10,
     }  # fmt: skip
-    assert not [p for r in stopped for p in Folders(tmp_path / "out").of(r["id"]).glob("*bundle*")]
+    folders = Folders(tmp_path / "out")
+    left = [folders.emulator(emulator_of(r)) for r in stopped]
+    assert not [p for folder in left for p in folder.glob("*bundle*")]
+    assert {file.stem for file in folders.stopped.iterdir()} == {path.name for path in left}
     again, seen = run(config)
     assert seen.begun == []
     assert again.num_stopped == result.num_stopped
@@ -301,7 +306,7 @@ def test_what_looks_at_text_is_shown_the_public_one(loop: Loop, tmp_path: Path) 
     assert result.num_failed == 0
     folders = Folders(Path(config.out))
     (row,) = (row for row in table(result) if row["select"] == "angular")
-    recipe = open_bundle(folders.of(row["id"]) / "bundle").manifest.recipe
+    recipe = open_bundle(folders.emulator(emulator_of(row)) / "bundle").manifest.recipe
     public = open_prepared(folders.shared / "public", loop.model, 10**6).digest
     assert recipe["selection"]["calibration"]["data"] == public
     assert recipe["compression"]["calibration"]["data"] == public

@@ -33,8 +33,26 @@ def test_a_source_is_done_when_the_last_job_it_gave_has_come_to_an_end() -> None
     assert (source.next(), source.exhausted, source.done) == (None, True, False)
     for job in filter(None, given):
         assert not source.done
-        source.told({"id": job.id})
+        source.told({"id": job.id, "status": "finished"})
     assert source.done
+
+
+def test_a_job_whose_emulator_is_being_made_is_put_off_for_others() -> None:
+    points = grid(space("1-2-1", learning_rate=[0.1, 0.2], method=["full", "lora"]))
+    jobs = [job for job in PLANNER.jobs(points) if job.role == "emulator"]
+    uniform = [job for job in jobs if job.control == "uniform"]
+    tail = [job for job in jobs if job.control == "tail"]
+    source = Listed(jobs)
+    assert [source.next(), source.next()] == [uniform[0], tail[0]]
+    # none is free now; one that waits is better than nothing
+    assert source.next() == uniform[1]
+    source.told({"id": tail[0].id, "status": "finished"})
+    assert [source.next(), source.next()] == tail[1:3]
+    for failed in uniform[:2]:
+        source.told({"id": failed.id, "status": "failed"})
+    # who comes next makes it
+    assert [source.next(), source.next(), source.next()] == [uniform[2], tail[3], uniform[3]]
+    assert source.next() is None
 
 
 def test_every_value_is_looked_at_with_both_ends_of_ranges() -> None:

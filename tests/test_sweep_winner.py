@@ -122,13 +122,13 @@ def test_a_winner_that_cannot_be_made_again_costs_no_report(
     planned = plan_sweep(dataclasses.replace(won[0], out=str(root)), root, lambda _: None)
     shutil.rmtree(root / "winner")
     (root / "report.html").unlink()
-    for bundle in (root / "trials").glob("*/bundle"):
+    for bundle in (root / "emulators").glob("*/bundle"):
         shutil.rmtree(bundle)
     interrupted = finish(planned, 0.0, whole=False)
     assert (interrupted.recipe, interrupted.winner is None) == (None, False)
-    assert not list((root / "trials").glob("*/bundle"))
+    assert not list((root / "emulators").glob("*/bundle"))
     (root / "report.html").unlink()
-    for folder in (root / "trials").iterdir():
+    for folder in (root / "emulators").iterdir():
         (folder / "compressed").write_text("in the way, as if the disk had refused")
     with pytest.raises(OffsiteError):
         finish(planned, 0.0)
@@ -139,7 +139,7 @@ def test_a_bundle_that_was_removed_is_made_again(won: tuple[SweepConfig, SweepRe
     config, result = won
     before = open_bundle(Path(result.recipe or "") / "bundle")
     tensors = {name: before.weights.read(name).clone() for name in before.weights.tensors}
-    for bundle in (Path(config.out) / "trials").glob("*/bundle"):
+    for bundle in (Path(config.out) / "emulators").glob("*/bundle"):
         shutil.rmtree(bundle)
     again = sweep(config, lambda _: None, lambda _: Silent())
     after = open_bundle(Path(again.recipe or "") / "bundle")
@@ -151,7 +151,7 @@ def test_bundles_that_are_behind_go_before_the_sweep_ends(loop: Loop, tmp_path: 
 
     class Counting(Silent):
         def ended(self, record: Record) -> None:
-            left.append(len(list((tmp_path / "out" / "trials").glob("*/bundle"))))
+            left.append(len(list((tmp_path / "out" / "emulators").glob("*/bundle"))))
 
     space = {"compress": {"plan": ["1-3-1", "1-1-1"]}, "finetune": {"max_steps": 1}}
     config = a_config(loop, tmp_path / "out", space=space, objectives=("bytes",))
@@ -164,10 +164,14 @@ def test_nothing_is_taken_from_a_job_that_is_run_again(tmp_path: Path) -> None:
     folders, planner = Folders(tmp_path), Planner(num_blocks=6, seeds=(0,), baseline={})
     again, other = planner.jobs([{"compress.plan": "1-2-1"}])[-2:]
     folders.write_record(again.id, base_record(again, "stopped"))
-    watch = PrunedToo(folders, planner, ("bytes",), Silent())
-    (folders.of(again.id) / "compressed").mkdir()
+    watch = PrunedToo(folders, planner, ("bytes",), (), Silent())
+    emulator = folders.emulator(again.emulator or "")
+    (folders.of(again.id) / "adapter").mkdir()
+    (emulator / "compressed").mkdir(parents=True)
     watch.started(again)
     watch.ended(base_record(other, "stopped"))
-    assert (folders.of(again.id) / "compressed").is_dir()
+    assert (folders.of(again.id) / "adapter").is_dir()
+    assert (emulator / "compressed").is_dir()
     watch.ended(base_record(again, "stopped"))
-    assert not (folders.of(again.id) / "compressed").exists()
+    assert not (folders.of(again.id) / "adapter").exists()
+    assert not (emulator / "compressed").exists()

@@ -9,26 +9,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from offsite_ray.errors import DivergedError, OffsiteError, first_line
+from offsite_ray.tune.emulators import BUNDLE, COMPRESSED, StopTrial, discard
 from offsite_ray.tune.folders import FAILED, STOPPED, Folders, Record, remove
-from offsite_ray.tune.trial import Tell, base_record, run_job
+from offsite_ray.tune.trial import base_record, run_job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from offsite_ray.tune.bench import Shared, Tell
     from offsite_ray.tune.halving import Halving
     from offsite_ray.tune.plan import Job
     from offsite_ray.tune.search import Source
-    from offsite_ray.tune.trial import Shared
 
-ARTEFACTS = ("compressed", "bundle", "keep-all", "adapter", "fine-tuned")
-"""What a job may leave in its folder."""
+ARTEFACTS = (COMPRESSED, BUNDLE, "keep-all", "adapter", "fine-tuned")
+"""What a job may leave in its folder; the first two where a sweep began before emulators were
+shared."""
 
 TRACEBACK = "traceback.txt"
 """File in the folder of a job that crashed, of its last attempt."""
-
-
-class StopTrial(Exception):
-    """A distillation that is behind; raised through it, to end its job."""
 
 
 class Watch(Protocol):
@@ -69,7 +67,9 @@ def end_stopped(job: Job, shared: Shared) -> Record:
     """Write and return the record of a job that was stopped early."""
     folders = Folders(Path(shared.root))
     record = base_record(job, STOPPED)
-    _clear(folders, job)
+    remove(*(folders.of(job.id) / name for name in ARTEFACTS))
+    if job.emulator is not None:
+        discard(folders, job.emulator)
     folders.write_record(job.id, record)
     return record
 
@@ -111,10 +111,6 @@ def last_words(job: Job, shared: Shared) -> str:
 
 def _last_words_file(job: Job, shared: Shared) -> Path:
     return Folders(Path(shared.root)).of(job.id) / "crash.txt"
-
-
-def _clear(folders: Folders, job: Job) -> None:
-    remove(*(folders.of(job.id) / name for name in ARTEFACTS))
 
 
 def run_one_by_one(

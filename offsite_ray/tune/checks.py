@@ -14,11 +14,11 @@ from offsite_ray.errors import ConfigError, StorageError
 from offsite_ray.evaluation.settings import open_yardstick
 from offsite_ray.finetuning.methods import finetuning_method
 from offsite_ray.results import to_plain
+from offsite_ray.tune.emulators import wants_text
 from offsite_ray.tune.folders import read_record, write_json
 from offsite_ray.tune.halving import check_proxy
 from offsite_ray.tune.presets import PRESETS, without_methods
 from offsite_ray.tune.space import Range, may_distil, parse_space, stage_fields
-from offsite_ray.tune.trial import wants_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -7,6 +7,7 @@ whatever happened to the process that ran the sweep.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -38,6 +39,11 @@ class Folders:
         return self.root / "trials"
 
     @property
+    def emulators(self) -> Path:
+        """A folder for each emulator that jobs train against."""
+        return self.root / "emulators"
+
+    @property
     def shared(self) -> Path:
         """What every job reads: prepared data."""
         return self.root / "shared"
@@ -51,6 +57,11 @@ class Folders:
     def rungs(self) -> Path:
         """Losses at the steps at which distillations are compared."""
         return self.root / "rungs"
+
+    @property
+    def stopped(self) -> Path:
+        """A file for each emulator whose distillation was stopped early."""
+        return stopped_in(self.rungs)
 
     @property
     def asked(self) -> Path:
@@ -86,6 +97,10 @@ class Folders:
         """Return the folder of a job."""
         return self.trials / job
 
+    def emulator(self, name: str) -> Path:
+        """Return the folder of an emulator."""
+        return self.emulators / name
+
     def record_file(self, job: str) -> Path:
         """Return the file that a finished job has."""
         return self.of(job) / "result.json"
@@ -112,9 +127,14 @@ class Folders:
 
     def clear(self) -> None:
         """Remove what was made for settings that nothing came of."""
-        for path in (self.trials, self.shared, self.rungs, self.tensorboard):
+        for path in (self.trials, self.emulators, self.shared, self.rungs, self.tensorboard):
             shutil.rmtree(path, ignore_errors=True)
         self.asked.unlink(missing_ok=True)
+
+
+def stopped_in(rungs: Path) -> Path:
+    """Return where, beside the rungs, it is told which distillations were stopped early."""
+    return rungs / "stopped"
 
 
 def read_record(path: Path) -> Record | None:
@@ -153,7 +173,15 @@ def once(path: Path, make: Callable[[Path], object]) -> Path:
 
 
 def remove(*paths: Path) -> None:
-    """Remove directories and the runs beside them, as far as they are there."""
+    """Remove directories and the runs beside them, as far as they are there.
+
+    What is half removed has another name, should this process be killed.
+    """
     for path in paths:
-        shutil.rmtree(path, ignore_errors=True)
-        shutil.rmtree(path.parent / f".{path.name}.run", ignore_errors=True)
+        gone = path.with_name(f".{path.name}.tmp-gone")
+        if path.is_dir():
+            shutil.rmtree(gone, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                path.rename(gone)
+        for left in (gone, path.with_name(f".{path.name}.run")):
+            shutil.rmtree(left, ignore_errors=True)

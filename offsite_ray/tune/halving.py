@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from offsite_ray.distillation import DISTILLATION_LOSSES
 from offsite_ray.errors import ConfigError, unknown_name
-from offsite_ray.tune.folders import write_json
+from offsite_ray.tune.folders import stopped_in, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -52,19 +52,24 @@ class Halving:
         """Keep a job's loss on its arrival at a rung; return whether the job is to be stopped.
 
         A job is judged when it arrives, never between rungs: by then others may have come to the
-        rung, but its own loss there is of the past. Controls are kept, and never stopped.
+        rung, but its own loss there is of the past. Controls are kept, and never stopped. What is
+        decided of a job is so of its emulator, whatever job distils it next, and is written down
+        before the job can end.
         """
         rung, loss = self.rung(step), losses.get(self.proxy)
         if rung is None or loss is None or not math.isfinite(loss):
             return False
-        path = self._equals(job) / str(rung) / f"{job.id}.json"
+        path = self._equals(job) / str(rung) / f"{job.emulator}.json"
         if path.exists():
             return False
         write_json(path, loss)
         there = [
             json.loads(file.read_text(encoding="utf-8")) for file in path.parent.glob("*.json")
         ]
-        return job.control is None and behind(loss, there, self.reduction_factor)
+        stops = job.control is None and behind(loss, there, self.reduction_factor)
+        if stops:
+            write_json(stopped_in(Path(self.folder)) / f"{job.emulator}.json", step)
+        return stops
 
     def _equals(self, job: Job) -> Path:
         """Return the folder of the jobs that a job is compared with.

@@ -26,9 +26,9 @@ from offsite_ray.tune.attempts import (
     last_words_kept,
     try_job,
 )
+from offsite_ray.tune.bench import Shared
 from offsite_ray.tune.folders import FINISHED, Folders
 from offsite_ray.tune.plan import Job
-from offsite_ray.tune.trial import Shared
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

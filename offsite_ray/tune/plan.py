@@ -45,14 +45,20 @@ class Job:
     @property
     def point(self) -> str:
         """What tells the settings from others, whatever the seed."""
-        text = json.dumps([self.role, _plain(self.settings)], sort_keys=True)
-        digest: str = blake3.blake3(text.encode()).hexdigest()
-        return digest[:_DIGITS]
+        return _digest([self.role, _plain(self.settings)])
 
     @property
     def id(self) -> str:
         """Name of the job: the same settings and seed have the same, in any sweep."""
         return f"{self.role}-{self.point}-seed{self.seed}"
+
+    @property
+    def emulator(self) -> str | None:
+        """Name of the emulator that it trains against; jobs that only differ otherwise share it."""
+        if self.role != "emulator":
+            return None
+        made_by = {n: s for n, s in self.settings.items() if n in ("compress", "distill")}
+        return f"{_digest(_plain(made_by))}-seed{self.seed}"
 
     def to_plain(self) -> dict[str, Any]:
         """Return what :meth:`from_plain` takes; JSON holds it."""
@@ -223,3 +229,9 @@ def _plain(settings: Settings) -> dict[str, dict[str, Any]]:
         stage: {f: list(v) if isinstance(v, tuple) else v for f, v in sorted(fields.items())}
         for stage, fields in settings.items()
     }
+
+
+def _digest(plain: Any) -> str:
+    text = json.dumps(plain, sort_keys=True)
+    digest: str = blake3.blake3(text.encode()).hexdigest()
+    return digest[:_DIGITS]

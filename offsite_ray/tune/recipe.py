@@ -10,24 +10,25 @@ from typing import TYPE_CHECKING, Any
 from offsite_ray.bundle import alone, atomic_directory
 from offsite_ray.data import is_prepared
 from offsite_ray.tune.attempts import ARTEFACTS
+from offsite_ray.tune.bench import Bench
+from offsite_ray.tune.emulators import BUNDLE, discard, is_made, make_emulator, wants_text
 from offsite_ray.tune.folders import FAILED, Folders, remove
 from offsite_ray.tune.front import front
 from offsite_ray.tune.plan import Job
 from offsite_ray.tune.space import NUM_WORKERS
 from offsite_ray.tune.table import rows_of, summaries
-from offsite_ray.tune.trial import Bench, make_emulator, wants_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from offsite_ray.config import SweepConfig
     from offsite_ray.tune.attempts import Watch
+    from offsite_ray.tune.bench import Shared
     from offsite_ray.tune.folders import Record
     from offsite_ray.tune.plan import Planner
     from offsite_ray.tune.table import Summary
-    from offsite_ray.tune.trial import Shared
 
-RECIPE, BUNDLE = "recipe.yaml", "bundle"
+RECIPE = "recipe.yaml"
 
 _HEAD = """\
 # The emulator that won a sweep: {label}, seed {seed}.
@@ -56,14 +57,14 @@ def write_winner(
         The directory; None where the bundle is not there, and an earlier winner is left as it is.
     """
     job = Job.from_plain(_record(folders, winner)["job"])
-    bundle = folders.of(job.id) / BUNDLE
+    bench = Bench(job=job, shared=shared, folder=folders.of(job.id), tell=_unheard)
     # A trial of a driver that was killed may still be at work.
     with alone(folders.of(job.id) / ".lock"):
-        if not bundle.exists() and not may_make:
+        if not (may_make or is_made(bench)):
             return None
-        if not bundle.exists():
-            make_emulator(Bench(job=job, shared=shared, folder=folders.of(job.id), tell=_unheard))
-            remove(folders.of(job.id) / "compressed")
+        # Made again whatever was decided of its distillation since it was measured.
+        (folders.stopped / f"{job.emulator}.json").unlink(missing_ok=True)
+        bundle = make_emulator(bench)
         shutil.rmtree(folders.winner, ignore_errors=True)
         with atomic_directory(folders.winner) as tmp:
             shutil.copytree(bundle, tmp / BUNDLE)
@@ -125,12 +126,29 @@ def _sections_to_distil(
     }  # fmt: skip
 
 
-def prune_bundles(folders: Folders, records: Iterable[Record], keep: Sequence[Summary]) -> None:
-    """Remove the bundles of all points but some; they can be made again by their settings."""
+def prune_bundles(
+    folders: Folders, records: Iterable[Record], keep: Sequence[Summary], wanted: Iterable[Job]
+) -> None:
+    """Remove the bundles of all points but some; they can be made again by their settings.
+
+    Args:
+        folders: Where they are.
+        records: Of the jobs that have ended.
+        keep: Points whose bundles stay.
+        wanted: Jobs that are yet to end, whose emulators stay.
+    """
     kept = {point.point for point in keep}
+    needed, behind = {job.emulator for job in wanted}, set()
     for record in records:
-        if record["point"] not in kept:
-            remove(*(folders.of(record["id"]) / name for name in ARTEFACTS))
+        emulator = Job.from_plain(record["job"]).emulator
+        if record["point"] in kept:
+            needed.add(emulator)
+            continue
+        behind.add(emulator)
+        remove(*(folders.of(record["id"]) / name for name in ARTEFACTS))
+    for emulator in behind - needed:
+        if emulator is not None:
+            discard(folders, emulator)
 
 
 class PrunedToo:
@@ -140,11 +158,25 @@ class PrunedToo:
     """
 
     def __init__(
-        self, folders: Folders, planner: Planner, objectives: Sequence[str], other: Watch
+        self,
+        folders: Folders,
+        planner: Planner,
+        objectives: Sequence[str],
+        wanted: Iterable[Job],
+        other: Watch,
     ) -> None:
-        """Know what has ended already, and tell another watch."""
+        """Know what has ended already, and tell another watch.
+
+        Args:
+            folders: Where bundles are.
+            planner: Of the sweep.
+            objectives: By which a point is behind.
+            wanted: Jobs that are known to be run, besides those of which :meth:`started` tells.
+            other: Watch to tell.
+        """
         self._folders, self._planner, self._objectives = folders, planner, objectives
         self._other = other
+        self._wanted = {job.id: job for job in wanted}
         self._records = {
             record["id"]: record for record in folders.records() if record["status"] != FAILED
         }
@@ -152,6 +184,7 @@ class PrunedToo:
     def started(self, job: Job) -> None:
         """Leave alone what is at work, whatever became of it before."""
         self._records.pop(job.id, None)
+        self._wanted[job.id] = job
         self._other.started(job)
 
     def evaluated(self, job: Job, step: int, losses: Mapping[str, float]) -> None:
@@ -161,9 +194,11 @@ class PrunedToo:
     def ended(self, record: Record) -> None:
         """Remove what is no longer on the front, or never came to be."""
         self._records[record["id"]] = record
+        self._wanted.pop(record["id"], None)
         records = list(self._records.values())
         points = summaries(rows_of(records, self._planner))
-        prune_bundles(self._folders, records, front(points, self._objectives))
+        best = front(points, self._objectives)
+        prune_bundles(self._folders, records, best, self._wanted.values())
         self._other.ended(record)
 
 

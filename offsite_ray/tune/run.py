@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ from offsite_ray.bundle import alone, check_parent
 from offsite_ray.data import is_prepared, open_prepared, write_blocks
 from offsite_ray.errors import ConfigError, TrainingError
 from offsite_ray.tune.attempts import run_one_by_one
+from offsite_ray.tune.bench import Shared
 from offsite_ray.tune.checks import check_same, workers_per_trial
+from offsite_ray.tune.emulators import discard_stopped
 from offsite_ray.tune.folders import (
     FAILED,
     FINISHED,
@@ -34,7 +37,6 @@ from offsite_ray.tune.recipe import PrunedToo, prune_bundles, write_winner
 from offsite_ray.tune.search import Listed, Suggested, asked_points
 from offsite_ray.tune.table import records_of_bounds, rows_of, summaries, write_table
 from offsite_ray.tune.tensorboard import TensorBoardToo
-from offsite_ray.tune.trial import Shared
 from offsite_ray.tune.words import in_words, knob_in_words, other_settings
 
 if TYPE_CHECKING:
@@ -115,6 +117,11 @@ class Sweep:
         mine = {job.id for job in self.jobs()}
         return [record for record in records if record["id"] in mine]
 
+    def left(self) -> list[Job]:
+        """Return the jobs of known points that are yet to be run, or to be run again."""
+        over = {record["id"] for record in self.folders.records() if self.is_over(record)}
+        return [job for job in self.jobs() if job.id not in over]
+
     def is_over(self, record: Record) -> bool:
         """Return whether a job is not run again: it is where it failed, or none is stopped now."""
         again = (FAILED,) if self.config.early_stop else (FAILED, STOPPED)
@@ -148,7 +155,9 @@ def sweep(config: SweepConfig, notice: Notice, watching: Callable[[Sweep], Watch
         planned = plan_sweep(config, root, notice)
         watch: Watch = TensorBoardToo(planned.folders.tensorboard, watching(planned))
         if not config.keep_bundles:
-            watch = PrunedToo(planned.folders, planned.planner, config.objectives, watch)
+            watch = PrunedToo(
+                planned.folders, planned.planner, config.objectives, planned.left(), watch
+            )
         ran = config.search == "optuna" or num_left(planned) > 0
         try:
             whole = _run(planned, watch, notice)
@@ -259,7 +268,9 @@ def _run(planned: Sweep, watch: Watch, notice: Notice) -> bool:
         if record["id"] not in known:
             folders.record_file(record["id"]).unlink()
     halving = None
-    if config.early_stop:
+    if not config.early_stop:
+        shutil.rmtree(folders.stopped, ignore_errors=True)
+    else:
         halving = Halving(
             folder=str(folders.rungs),
             grace_steps=config.grace_steps,
@@ -347,7 +358,10 @@ def finish(planned: Sweep, seconds: float, *, whole: bool = True, ran: bool = Tr
     write_table(folders.table, [_judged(row, worth_of, best, winner) for row in rows])
     write_page(folders.report, config, rows, points, best, winner)
     if ran and not config.keep_bundles:
-        prune_bundles(folders, records, best)
+        ended = {record["id"] for record in records}
+        wanted = [job for job in planned.jobs() if job.id not in ended]
+        prune_bundles(folders, records, best, wanted)
+    discard_stopped(folders)
     recipe = None
     if winner is not None:
         recipe = write_winner(folders, winner, config, planned.shared, may_make=whole)

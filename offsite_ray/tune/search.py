@@ -48,23 +48,33 @@ class Source(Protocol):
 
 
 class Listed:
-    """Jobs that are known from the start."""
+    """Jobs that are known from the start.
+
+    In their order; but one whose emulator another job is making is put off while there are others,
+    for it would only wait.
+    """
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         """Take the jobs that are yet to be run."""
-        self._jobs = deque(jobs)
-        self._out: set[str] = set()
+        self._jobs = [(job.emulator, job) for job in jobs]
+        self._out: dict[str, str | None] = {}
+        self._made: set[str | None] = {None}
 
     def next(self) -> Job | None:
         """Return the next job."""
         if not self._jobs:
             return None
-        self._out.add(self._jobs[0].id)
-        return self._jobs.popleft()
+        making = set(self._out.values()) - self._made
+        free = (i for i, (emulator, _) in enumerate(self._jobs) if emulator not in making)
+        emulator, job = self._jobs.pop(next(free, 0))
+        self._out[job.id] = emulator
+        return job
 
     def told(self, record: Record) -> None:
         """Take note that a job is no longer out."""
-        self._out.discard(record["id"])
+        emulator = self._out.pop(record["id"], None)
+        if record["status"] == FINISHED:
+            self._made.add(emulator)
 
     @property
     def exhausted(self) -> bool:
