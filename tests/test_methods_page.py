@@ -45,8 +45,15 @@ def a_row(select: str, seed: int, plug_in: float, **changes: Any) -> dict[str, A
 
 ROWS = [
     {"role": "full", "full_zero_shot_nats": 5.5, "method": None},
-    {"role": "fine_tuned", "full_fine_tuned_nats": 4.0, "method": "full"},
-    {"role": "bound", "bound_nats": 4.25, "adapter_blocks": "0,1,14,15", "method": "full"},
+    {"role": "fine_tuned", "full_fine_tuned_nats": 4.0, "learning_rate": 1e-3},
+    {"role": "fine_tuned", "full_fine_tuned_nats": 3.5, "learning_rate": 3e-3},
+    {
+        "role": "bound",
+        "bound_nats": 4.25,
+        "adapter_blocks": "0,1,14,15",
+        "method": "full",
+        "learning_rate": 1e-3,
+    },
     a_row("uniform", 0, 5.0),
     a_row("uniform", 1, 5.5),
     a_row("angular", 0, 4.5),

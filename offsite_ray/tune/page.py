@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from offsite_ray.bundle import atomic_file
 from offsite_ray.results import SETTINGS
-from offsite_ray.tune.folders import FAILED
+from offsite_ray.tune.folders import FAILED, FINISHED
 from offsite_ray.tune.front import OBJECTIVES, behind, yardstick
 from offsite_ray.tune.plan import Job
 from offsite_ray.tune.recipe import label_of
@@ -230,7 +230,9 @@ def _best_of(rows: Iterable[Row], role: str, setting: str) -> tuple[float | None
 
 
 def _facts(config: SweepConfig, rows: Sequence[Row], points: Sequence[Summary]) -> dict[str, str]:
-    statuses = [row["status"] for row in rows]
+    # A point that is its own bound has a row, and was not run.
+    ran = [row for row in rows if row["status"] != FINISHED or row["seconds"] is not None]
+    statuses = [row["status"] for row in ran]
     counted = ", ".join(f"{statuses.count(s)} {s}" for s in dict.fromkeys(statuses))
     versions: dict[str, str] = next(
         (json.loads(row["versions"]) for row in rows if row["versions"]), {}
@@ -238,7 +240,7 @@ def _facts(config: SweepConfig, rows: Sequence[Row], points: Sequence[Summary]) 
     alike = common_settings([point.row for point in points])
     found = {
         "Model": config.model,
-        "Jobs": f"{len(rows)}: {counted}" if rows else "none",
+        "Jobs": f"{len(ran)}: {counted}" if ran else "none",
         "Emulators": f"{len(points)}, {config.seeds} seed{'s' * (config.seeds > 1)} each",
         "Search": config.search + (f", preset {config.preset}" if config.preset else ""),
         "Measured on": ", ".join((*config.text, *config.tasks)),
