@@ -109,6 +109,15 @@ _FAMILIES = (
         against="not distilled",
     ),
     Family(
+        page="fm16.md",
+        heading="plan, of a uniform drop",
+        label=lambda row: f"{row['plan']}, {_losses(row)}",
+        belongs=lambda row: (
+            (row["select"], row["compress"], row["method"]) == ("uniform", "none", "full")
+        ),
+        against="2-4-2, not distilled",
+    ),
+    Family(
         page="finetuning.md",
         heading="`--method`",
         label=lambda row: row["method"],
