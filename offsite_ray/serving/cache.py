@@ -15,7 +15,7 @@ brings its own tokens, which are copied in so that they end there too.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -55,7 +55,7 @@ class WindowLayer(CacheLayerMixin):
 
     def __init__(self, window: Window) -> None:
         """Hold nothing yet; what the layer's tensors look like is seen when some come."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.window = window
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -92,8 +92,11 @@ class WindowLayer(CacheLayerMixin):
         return -1
 
 
-class WindowCache(Cache):  # type: ignore[misc]
+class WindowCache(Cache):
     """The cache of every layer of a model."""
+
+    layers: list[Any]
+    """One :class:`WindowLayer` for each; transformers' own word for it allows other kinds."""
 
     def __init__(self, num_layers: int) -> None:
         """Hold no row."""
@@ -133,7 +136,7 @@ class WindowCache(Cache):  # type: ignore[misc]
         return (columns >= (self.window.width - lengths)[:, None]).long()
 
     def positions(self, num_new: int, padding: Sequence[int] | None = None) -> Tensor:
-        """Return the position of each new token in its own row, ``(rows, num_new)``; 0 of padding."""
+        """Return each new token's position in its own row, ``(rows, num_new)``; 0 of padding."""
         first = torch.tensor(self.window.lengths)
         if padding is not None:
             first = first - torch.tensor(padding)

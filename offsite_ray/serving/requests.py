@@ -94,3 +94,10 @@ class Request:
     cancelled: bool = False
     unfinished: int = field(default=0)
     """Of its texts, those that are not at their end."""
+    num_tokens: int = 0
+    """Of all its texts together, so far."""
+
+    def told(self, piece: Piece) -> None:
+        """Tell of a piece, unless nobody waits for it any more."""
+        if not self.cancelled:
+            self.tell(piece)

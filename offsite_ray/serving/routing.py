@@ -15,7 +15,6 @@ names it. Every such module maps rows one by one, dimension 0 being the batch.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,80 +29,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from offsite_ray.architectures import Architecture
+    from offsite_ray.serving.own import Own
 
 BASE = 0
 """Number of the full model itself, which is a tenant without anything of its own."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pair:
-    """A low-rank addition to the output of a linear layer: ``scale * up @ down @ x``."""
-
-    down: Tensor
-    """``(r, in)``."""
-    up: Tensor
-    """``(out, r)``, the scale in it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Net:
-    """A bottleneck behind a block: ``h + up @ relu(down @ h + a) + b``."""
-
-    down: Tensor
-    """``(r, H)``."""
-    down_bias: Tensor
-    up: Tensor
-    """``(H, r)``."""
-    up_bias: Tensor
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Own:
-    """What a tenant has of its own; keys are names of modules in the full model."""
-
-    weights: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    """Parameters of a module, by name, that stand in for those of the full model."""
-    biases: Mapping[str, Tensor] = field(default_factory=dict)
-    """Bias of a module that stands in for the full model's, its weight being common."""
-    pairs: Mapping[str, Pair] = field(default_factory=dict)
-    nets: Mapping[str, Net] = field(default_factory=dict)
-    """By name of the block."""
-
-    def tensors(self) -> list[Tensor]:
-        """Return every tensor, for counting and moving."""
-        found = [tensor for module in self.weights.values() for tensor in module.values()]
-        found += self.biases.values()
-        for group in (self.pairs, self.nets):
-            for part in group.values():
-                found += [getattr(part, name) for name in part.__slots__]
-        return found
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors())
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> Own:
-        """Return the same on a device and in the model's dtype."""
-
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(device, dtype)
-
-        return Own(
-            weights={n: {p: moved(t) for p, t in m.items()} for n, m in self.weights.items()},
-            biases={name: moved(tensor) for name, tensor in self.biases.items()},
-            pairs={n: _each(pair, moved) for n, pair in self.pairs.items()},
-            nets={n: _each(net, moved) for n, net in self.nets.items()},
-        )
-
-    @property
-    def modules(self) -> set[str]:
-        """Names of the modules that it changes."""
-        return {*self.weights, *self.biases, *self.pairs, *self.nets}
-
-
-def _each(part: Any, function: Any) -> Any:
-    return type(part)(**{name: function(getattr(part, name)) for name in part.__slots__})
 
 
 class Rows:
@@ -222,7 +151,7 @@ class RoutedModule(nn.Module):
         """
         super().__init__()
         self.base = base
-        self._router = (router,)  # in a tuple, for it is no module of this one
+        self._router = (router,)  # in a tuple, for it is no part of this module
         self._own: dict[int, nn.Module] = {}
         self._having: frozenset[int] = frozenset()
         self._pairs, self._biases = Stack(), Stack()
@@ -240,7 +169,7 @@ class RoutedModule(nn.Module):
             self._own[tenant] = _with(self.base, **own.weights[name])
             self._having = frozenset(self._own)
         if name in own.biases:
-            self._biases.put(tenant, (own.biases[name] - self.base.bias,))
+            self._biases.put(tenant, (own.biases[name] - self.base.get_parameter("bias"),))
         if name in own.pairs:
             self._pairs.put(tenant, (own.pairs[name].down, own.pairs[name].up))
 
@@ -252,8 +181,15 @@ class RoutedModule(nn.Module):
         self._biases.remove(tenant)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(B, ..., in)`` to ``(B, ..., out)``, each row with its tenant's weights."""
+        """Map ``(B, ..., in)`` to ``(B, ..., out)``, each row with its tenant's weights.
+
+        Where a family makes one row of each token, ``(B T, in)``, they are taken together again.
+        """
         rows = self._router[0].rows
+        if len(x) != len(rows.tenants):
+            together = x.view(len(rows.tenants), -1, *x.shape[1:])
+            flat: Tensor = self.forward(together).flatten(0, 1)
+            return flat
         y = self._whole(x, rows)
         pairs, biases = self._pairs.gather(rows), self._biases.gather(rows)
         if pairs is not None:
@@ -314,7 +250,8 @@ class RoutedBlock:
     @staticmethod
     def _added(hidden: Tensor, down: Tensor, a: Tensor, up: Tensor, b: Tensor) -> Tensor:
         inner = torch.relu(torch.baddbmm(a[:, None], hidden, down.transpose(1, 2)))
-        return hidden + torch.baddbmm(b[:, None], inner, up.transpose(1, 2))
+        added = torch.baddbmm(b[:, None], inner, up.transpose(1, 2))
+        return hidden + added
 
 
 class Router:

@@ -55,7 +55,7 @@ class Sampler:
         """
         if self.greedy:
             return int(logits.argmax())
-        scores = self._warpers(torch.empty(1, 0, dtype=torch.long), logits[None])
+        scores = self._warpers(torch.empty(1, 0, dtype=torch.long), logits[None])  # type: ignore[arg-type]
         chances = torch.softmax(scores, dim=-1)
         return int(torch.multinomial(chances, 1, generator=self._generator))
 

@@ -14,7 +14,7 @@ from offsite_ray.finetuning.host import Host, host_of_full_model
 from offsite_ray.finetuning.lora import read_lora
 from offsite_ray.finetuning.methods import bottleneck_tensors, finetuning_method
 from offsite_ray.finetuning.writing import checked_replacements
-from offsite_ray.serving.routing import Net, Own, Pair
+from offsite_ray.serving.own import Net, Own, Pair
 
 if TYPE_CHECKING:
     from collections.abc import Callable
