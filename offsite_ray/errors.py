@@ -73,6 +73,21 @@ class DivergedError(TrainingError):
     """A loss that is not a number; to go on from a checkpoint would lead there again."""
 
 
+class RequestError(OffsiteError):
+    """A request that a served model cannot answer as it is."""
+
+    def __init__(self, message: str, parameter: str | None = None) -> None:
+        """Say what is wrong, and with which parameter of the request."""
+        super().__init__(message)
+        self.parameter = parameter
+
+
+class BusyError(OffsiteError):
+    """More requests than the service holds; the same one may be answered a moment later."""
+
+    exit_status = 1
+
+
 class ResumeError(TrainingError):
     """A checkpoint of another run than the one that is to go on."""
 

@@ -153,12 +153,12 @@ def lora_replacements(
     Raises:
         PlugInError: The PEFT directory does not fit the host's adapter blocks exactly.
     """
-    settings = _settings(path)
+    lora = read_lora(path, saved)
     merger = _Merger(
         path=path,
         host=host,
-        pairs=_pairs(path, saved, settings),
-        scale=settings["lora_alpha"] / settings["r"],
+        pairs=lora.pairs,
+        scale=lora.scale,
         model=empty_model(host.config, host.arch.family.auto_class),
         alone=stored_alone(host.config, host.arch, host.weights.tensors),
     )
@@ -168,6 +168,26 @@ def lora_replacements(
             if not torch.equal(tensor, host.weights.view(name)):
                 found[name] = lambda modules=modules, name=name: merger.merged(modules)[name]  # type: ignore[misc]
     return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraMatrices:
+    """The matrices of a saved LoRA, which adds ``scale * B A`` to a weight."""
+
+    pairs: Mapping[str, tuple[Tensor, Tensor]]
+    """Module, as the full model calls it, to ``A`` of shape (r, in) and ``B`` of (out, r)."""
+    scale: float
+
+
+def read_lora(path: Path, saved: TensorDirectory) -> LoraMatrices:
+    """Return the matrices of a PEFT directory, not merged.
+
+    Raises:
+        PlugInError: It holds something else than LoRA that can be plugged in.
+    """
+    settings = _settings(path)
+    pairs = _pairs(path, saved, settings)
+    return LoraMatrices(pairs=pairs, scale=settings["lora_alpha"] / settings["r"])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

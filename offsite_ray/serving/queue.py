@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who is served next: the tenant that was served least, of those that wait (fair queueing).
+
+Each tenant has a counter of what it was given; a prompt's token counts 1 and a token of the answer
+2, which costs more. Who comes back after a pause starts at the lowest counter of those who wait, so
+that nobody saves up. This is the virtual token counter of Sheng et al., arXiv 2401.00588,
+algorithm 2: the service of two tenants that both wait differs by a bound, however much they send.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from offsite_ray.serving.requests import Request
+
+PROMPT_COST, ANSWER_COST = 1, 2
+"""What a token of a prompt counts, and one of an answer."""
+
+
+class FairQueue:
+    """Requests that wait, by tenant."""
+
+    def __init__(self) -> None:
+        """Hold none."""
+        self._waiting: dict[int, deque[Request]] = {}
+        self._served: dict[int, float] = {}
+
+    def __len__(self) -> int:
+        """Return the number of requests that wait."""
+        return sum(map(len, self._waiting.values()))
+
+    def __iter__(self) -> Iterator[Request]:
+        """Yield every request that waits."""
+        for requests in self._waiting.values():
+            yield from requests
+
+    def put(self, request: Request) -> None:
+        """Have a request wait."""
+        if request.tenant not in self._waiting:
+            lowest = min((self._served[t] for t in self._waiting), default=0.0)
+            self._served[request.tenant] = max(self._served.get(request.tenant, 0.0), lowest)
+            self._waiting[request.tenant] = deque()
+        self._waiting[request.tenant].append(request)
+
+    def in_turn(self) -> Iterator[Request]:
+        """Yield the first request of each tenant, of the least served tenant first."""
+        for tenant in sorted(self._waiting, key=lambda tenant: self._served[tenant]):
+            yield self._waiting[tenant][0]
+
+    def take(self, request: Request) -> None:
+        """Remove a request that is served now, or no more."""
+        requests = self._waiting[request.tenant]
+        requests.remove(request)
+        if not requests:
+            del self._waiting[request.tenant]
+
+    def served(self, tenant: int, cost: float) -> None:
+        """Count what a tenant was given."""
+        self._served[tenant] = self._served.get(tenant, 0.0) + cost
+
+    def forget(self, tenant: int) -> None:
+        """Drop the counter of a tenant that is no more."""
+        self._served.pop(tenant, None)

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tenants are in the model, and which wait in host memory.
+
+A tenant's tensors are kept on the host from its registration to its removal. They enter the model
+when a request of the tenant waits, brought by a thread of their own while the engine goes on; the
+least recently used leave it when others need the room. On a CPU both places are one memory.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from offsite_ray.errors import RequestError
+from offsite_ray.serving.routing import BASE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from offsite_ray.serving.own import Own
+    from offsite_ray.serving.routing import Router
+
+    Do = Callable[[Callable[[], None]], None]
+    """Has the engine's thread call something between two steps."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Tenant:
+    """A version of a tenant's adapter."""
+
+    own: Own
+    pinned: bool
+    here: bool = False
+    """Whether it is in the model."""
+    coming: bool = False
+    """Whether it is on its way there."""
+    users: int = 0
+    """Requests that wait for it or are served by it."""
+    used: float = 0.0
+    gone: Future[None] | None = None
+    """Set once it is to be removed; done when it is."""
+
+
+class Residency:
+    """The tenants of an engine; may be asked from any thread."""
+
+    def __init__(self, router: Router, max_bytes: int | None = None) -> None:
+        """Know no tenant.
+
+        Args:
+            router: Of the model.
+            max_bytes: Of tenants' tensors in the model; without it all may stay.
+        """
+        self._router, self._max_bytes = router, max_bytes
+        self._tenants: dict[int, _Tenant] = {}
+        self._lock = threading.RLock()
+        self._bringing = ThreadPoolExecutor(1, thread_name_prefix="bring")
+        self.num_brought = self.num_evicted = 0
+
+    @property
+    def bytes_here(self) -> int:
+        """Bytes of the tenants that are in the model."""
+        with self._lock:
+            return sum(tenant.own.nbytes for tenant in self._tenants.values() if tenant.here)
+
+    def add(self, number: int, own: Own, *, pinned: bool = False) -> None:
+        """Know a tenant from now on.
+
+        Args:
+            number: Of this version, never used before.
+            own: Its tensors, in host memory.
+            pinned: Whether it stays in the model once it is there.
+        """
+        with self._lock:
+            self._tenants[number] = _Tenant(own=own, pinned=pinned)
+
+    def remove(self, number: int, do: Do) -> Future[None]:
+        """Take no request for a tenant any more; done when the last one is answered."""
+        with self._lock:
+            tenant = self._tenants[number]
+            tenant.gone = tenant.gone or Future()
+            do(self._remove_unused)
+            return tenant.gone
+
+    def hold(self, number: int) -> None:
+        """Count a request for a tenant; raise :class:`RequestError` where there is none."""
+        if number == BASE:
+            return
+        with self._lock:
+            tenant = self._tenants.get(number)
+            if tenant is None or tenant.gone is not None:
+                raise RequestError("this version of the model is no longer served", "model")
+            tenant.users += 1
+
+    def release(self, number: int) -> None:
+        """Count a request for a tenant as ended; only in the engine's thread."""
+        if number == BASE:
+            return
+        with self._lock:
+            tenant = self._tenants[number]
+            tenant.users -= 1
+            tenant.used = time.monotonic()
+            if tenant.gone is not None:
+                self._remove_unused()
+
+    def is_coming(self, number: int) -> bool:
+        """Return whether a tenant is on its way into the model."""
+        with self._lock:
+            tenant = self._tenants.get(number)
+            return tenant is not None and tenant.coming
+
+    def is_here(self, number: int, do: Do) -> bool:
+        """Return whether a tenant is in the model; if not, have it brought."""
+        if number == BASE:
+            return True
+        with self._lock:
+            tenant = self._tenants[number]
+            if not tenant.here and not tenant.coming:
+                tenant.coming = True
+                self._bringing.submit(self._bring, number, do)
+            return tenant.here
+
+    def _bring(self, number: int, do: Do) -> None:
+        """Copy a tenant's tensors to the device, and have the engine take them in."""
+        with self._lock:
+            own = self._tenants[number].own
+        model = self._router.model
+        moved = own.to(model.device, model.dtype)
+        do(lambda: self._take_in(number, moved))
+
+    def _take_in(self, number: int, moved: Own) -> None:
+        with self._lock:
+            tenant = self._tenants.get(number)
+            if tenant is None:
+                return
+            self._make_room(moved.nbytes)
+            self._router.put(number, moved)
+            tenant.here, tenant.coming = True, False
+            tenant.used = time.monotonic()
+            self.num_brought += 1
+
+    def _make_room(self, nbytes: int) -> None:
+        """Let the least recently used tenants go, of which no request is left."""
+        if self._max_bytes is None:
+            return
+        idle = [
+            (tenant.used, number)
+            for number, tenant in self._tenants.items()
+            if tenant.here and not tenant.users and not tenant.pinned
+        ]
+        for _, number in sorted(idle):
+            if self.bytes_here + nbytes <= self._max_bytes:
+                return
+            self._router.remove(number)
+            self._tenants[number].here = False
+            self.num_evicted += 1
+
+    def _remove_unused(self) -> None:
+        with self._lock:
+            for number, tenant in list(self._tenants.items()):
+                if tenant.gone is not None and not tenant.users:
+                    if tenant.here:
+                        self._router.remove(number)
+                    del self._tenants[number]
+                    tenant.gone.set_result(None)

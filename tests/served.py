@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tenants of a tiny full model: adapter bundles, an engine, and their plugged-in models."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from offsite_ray.architectures import load_model
+from offsite_ray.config import CompressConfig, PlugInConfig
+from offsite_ray.emulator import compress, open_full_model
+from offsite_ray.plug_in import plug_in
+from offsite_ray.serving.engine import Engine, Limits
+from offsite_ray.serving.requests import Piece, Request, Sampling
+from offsite_ray.serving.routing import BASE
+from offsite_ray.serving.start import start_engine
+from offsite_ray.serving.tenants import read_own
+from tests.adapters import METHODS, make_adapter
+from tests.tiny_models import save_tiny
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+PROMPTS = ((5, 9, 60), (7,), tuple(range(3, 24)), (90, 14, 33, 2, 8, 71, 30))
+"""Prompts of several lengths, the longest longer than a sliding window."""
+
+
+@dataclass(kw_only=True)
+class Answer:
+    """What an engine tells of a request, put together."""
+
+    request: Request | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+    pieces: list[Piece] = field(default_factory=list)
+
+    def tokens(self, index: int = 0) -> list[int]:
+        return [token for piece in self.of(index) for token in piece.tokens]
+
+    def text(self, index: int = 0) -> str:
+        return "".join(piece.text for piece in self.of(index))
+
+    def of(self, index: int) -> list[Piece]:
+        return [piece for piece in self.pieces if piece.index == index]
+
+    def finish(self, index: int = 0) -> str | None:
+        return self.of(index)[-1].finish
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tenants:
+    """A full model, an adapter bundle for each fine-tuning method that it can have."""
+
+    full: Path
+    adapters: dict[str, Path]
+    plugged_in: dict[str, Path]
+
+
+def make_tenants(family: str, root: Path, methods: Sequence[str] = METHODS) -> Tenants:
+    """Write a tiny model, and for each method an adapter far from it and its plugged-in model."""
+    # With tied embeddings a random model repeats its last token, whoever computes it.
+    full = save_tiny(family, root / "full", tie_word_embeddings=False)
+    plans = {"full": "1-4-1", "lora": "2-3-1", "bottleneck": "1-4-1", "bitfit": "adapter=0,3,5"}
+    adapters, plugged = {}, {}
+    for method in methods:
+        plan = plans[method]
+        plan = f"{plan} emulator=1,2,4" if "=" in plan else plan
+        bundle = root / f"bundle-{method}"
+        compress(CompressConfig(model=str(full), plan=plan, out=str(bundle)))
+        adapters[method] = root / f"adapter-{method}"
+        make_adapter(bundle, adapters[method], method=method, noise=0.3)
+        plugged[method] = root / f"plugged-{method}"
+        plug_in(
+            PlugInConfig(model=str(full), adapter=str(adapters[method]), out=str(plugged[method]))
+        )
+    return Tenants(full=full, adapters=adapters, plugged_in=plugged)
+
+
+def serve(
+    tenants: Tenants, limits: Limits | None = None, **given: object
+) -> tuple[Engine, dict[str, int]]:
+    """Return a running engine, and the number of each tenant (that of the full model is "base")."""
+    full = open_full_model(tenants.full)
+    engine = start_engine(full, limits or Limits(cache_tokens=4096), **given)  # type: ignore[arg-type]
+    numbers = {"base": BASE}
+    for number, (name, path) in enumerate(tenants.adapters.items(), 1):
+        engine.residency.add(number, read_own(path, full))
+        numbers[name] = number
+    return engine, numbers
+
+
+def ask(engine: Engine, tenant: int, prompt: Sequence[int], **sampling: object) -> Answer:
+    """Send a request; return what its answer is collected in."""
+    answer = Answer()
+    ended: set[int] = set()
+    n = int(sampling.get("n", 1))  # type: ignore[call-overload]
+
+    def tell(piece: Piece) -> None:
+        answer.pieces.append(piece)
+        if piece.finish is not None:
+            ended.add(piece.index)
+        if len(ended) == n:
+            answer.done.set()
+
+    request = Request(
+        id="request",
+        tenant=tenant,
+        prompt=tuple(prompt),
+        sampling=Sampling(**{"temperature": 0.0, **sampling}),  # type: ignore[arg-type]
+        tell=tell,
+    )
+    answer.request = request
+    engine.submit(request)
+    return answer
+
+
+@torch.no_grad()
+def generated(directory: Path, prompt: Sequence[int], num_tokens: int) -> list[int]:
+    """Return what stock ``generate`` makes of a prompt, greedily, with a model directory."""
+    model = load_model(directory)
+    tokens = torch.tensor([list(prompt)])
+    ids = model.generate(  # type: ignore[operator]
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        do_sample=False,
+        min_new_tokens=num_tokens,
+        max_new_tokens=num_tokens,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    found: list[int] = ids[0, len(prompt) :].tolist()
+    return found

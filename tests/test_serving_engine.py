@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What requests may ask for, and that none of them harms another."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from offsite_ray.architectures import load_model, load_tokenizer
+from offsite_ray.errors import BusyError, RequestError
+from offsite_ray.serving.engine import Engine, Limits
+from tests.served import Answer, Tenants, ask, generated, make_tenants, serve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PROMPT = (5, 9, 60, 31)
+
+
+@pytest.fixture(scope="module")
+def tenants(tmp_path_factory: pytest.TempPathFactory) -> Tenants:
+    return make_tenants("gpt2", tmp_path_factory.mktemp("tenants"))
+
+
+@pytest.fixture
+def served(tenants: Tenants) -> Iterator[tuple[Engine, dict[str, int]]]:
+    engine, numbers = serve(tenants, Limits(max_rows=4, cache_tokens=512, max_queue=6))
+    yield engine, numbers
+    engine.stop()
+
+
+def test_log_probabilities_are_those_of_the_plugged_in_model(
+    tenants: Tenants, served: tuple[Engine, dict[str, int]]
+) -> None:
+    engine, numbers = served
+    answers = {
+        name: ask(engine, numbers[name], PROMPT, max_tokens=6, logprobs=3, ignore_eos=True)
+        for name in tenants.plugged_in
+    }
+    for name, answer in answers.items():
+        assert answer.done.wait(30)
+        model = load_model(tenants.plugged_in[name])
+        with torch.no_grad():
+            whole = model(torch.tensor([[*PROMPT, *answer.tokens()]])).logits[0].float()
+        expected = torch.log_softmax(whole, -1)[len(PROMPT) - 1 :]
+        for place, piece in enumerate(answer.pieces):
+            (found,) = piece.logprobs
+            assert found.logprob == pytest.approx(float(expected[place, found.token]), abs=1e-5)
+            assert [*found.top] == expected[place].topk(3).indices.tolist()
+
+
+def test_a_seed_draws_the_same_whoever_shares_the_batch(
+    served: tuple[Engine, dict[str, int]],
+) -> None:
+    engine, numbers = served
+    wish = {"max_tokens": 10, "temperature": 1.2, "top_p": 0.9, "top_k": 40, "seed": 3}
+    alone = ask(engine, numbers["full"], PROMPT, ignore_eos=True, **wish)
+    assert alone.done.wait(30)
+    crowd = [
+        ask(engine, numbers["lora"], (7, i), max_tokens=12, seed=i, temperature=1) for i in range(3)
+    ]
+    again = ask(engine, numbers["full"], PROMPT, ignore_eos=True, **wish)
+    other = ask(engine, numbers["full"], PROMPT, ignore_eos=True, **{**wish, "seed": 4})
+    assert again.done.wait(30)
+    assert other.done.wait(30)
+    assert all(answer.done.wait(30) for answer in crowd)
+    assert again.tokens() == alone.tokens() != other.tokens()
+
+
+def test_several_texts_of_a_prompt_differ(served: tuple[Engine, dict[str, int]]) -> None:
+    engine, numbers = served
+    answer = ask(engine, numbers["full"], PROMPT, n=3, seed=1, temperature=1.0, max_tokens=8)
+    assert answer.done.wait(30)
+    assert len({tuple(answer.tokens(index)) for index in range(3)}) == 3
+    assert engine.num_running == 0
+
+
+def test_a_text_ends_before_a_stop_string(
+    tenants: Tenants, served: tuple[Engine, dict[str, int]]
+) -> None:
+    engine, numbers = served
+    free = ask(engine, numbers["full"], PROMPT, max_tokens=20, ignore_eos=True)
+    assert free.done.wait(30)
+    text = free.text()
+    assert text == load_tokenizer(tenants.full).decode(free.tokens(), skip_special_tokens=True)
+    stop = text[7:10]
+    short = ask(engine, numbers["full"], PROMPT, max_tokens=20, ignore_eos=True, stop=(stop,))
+    assert short.done.wait(30)
+    assert short.text() == text[: text.index(stop)]
+    assert short.finish() == "stop"
+    assert free.finish() == "length"
+
+
+def test_a_cancelled_request_frees_its_place_at_once(
+    served: tuple[Engine, dict[str, int]],
+) -> None:
+    engine, numbers = served
+    wish = {"max_tokens": 50, "ignore_eos": True}
+    long = [ask(engine, numbers["full"], PROMPT, **wish) for _ in range(4)]
+    waits = ask(engine, numbers["lora"], PROMPT, max_tokens=2)
+    for answer in long:
+        assert answer.request is not None
+        engine.cancel(answer.request)
+    assert waits.done.wait(30)
+    wait_until(lambda: engine.num_running == 0)
+    seen = [len(answer.pieces) for answer in long]
+    assert max(seen) < 50
+    time.sleep(0.2)
+    assert [len(answer.pieces) for answer in long] == seen
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "said"),
+    [
+        ((), {}, "no token"),
+        ((5, 128), {}, "not below 128"),
+        ((5, -1), {}, "not below 128"),
+        (tuple(range(60)), {}, "shorten the prompt"),
+        (PROMPT, {"n": 5}, "up to 4 are allowed"),
+        (PROMPT, {"temperature": -1.0}, "temperature is -1.0; it must be from 0 to 2"),
+        (PROMPT, {"top_p": 0.0}, "top_p is 0.0"),
+        (PROMPT, {"stop": ("",)}, "none of them empty"),
+        (PROMPT, {"max_tokens": 0}, "at least 1"),
+        (PROMPT, {"max_tokens": 9000}, "max_tokens takes 9000; up to"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_and_harms_nobody(
+    served: tuple[Engine, dict[str, int]],
+    prompt: tuple[int, ...],
+    sampling: dict[str, object],
+    said: str,
+) -> None:
+    engine, numbers = served
+    neighbour = ask(engine, numbers["full"], PROMPT, max_tokens=8, ignore_eos=True)
+    with pytest.raises(RequestError, match=said):
+        ask(engine, numbers["full"], prompt, **sampling)
+    assert neighbour.done.wait(30)
+    assert len(neighbour.tokens()) == 8
+
+
+def test_a_full_queue_refuses(served: tuple[Engine, dict[str, int]]) -> None:
+    engine, numbers = served
+    inside = threading.Event()
+    go_on = threading.Event()
+
+    def hold_up() -> None:
+        inside.set()
+        go_on.wait(30)
+
+    engine.do(hold_up)
+    assert inside.wait(30)
+    waiting = [ask(engine, numbers["full"], PROMPT, max_tokens=2) for _ in range(6)]
+    with pytest.raises(BusyError, match="6 requests wait already"):
+        ask(engine, numbers["lora"], PROMPT)
+    go_on.set()
+    assert all(answer.done.wait(30) for answer in waiting)
+
+
+def test_a_tenant_that_floods_keeps_nobody_waiting(
+    served: tuple[Engine, dict[str, int]],
+) -> None:
+    engine, numbers = served
+    order: list[str] = []
+    flood = [ask(engine, numbers["full"], PROMPT, max_tokens=30, ignore_eos=True) for _ in range(5)]
+    quiet = ask(engine, numbers["lora"], PROMPT, max_tokens=5, ignore_eos=True)
+
+    def note(answer: Answer, name: str) -> None:
+        answer.done.wait(30)
+        order.append(name)
+
+    threads = [
+        threading.Thread(target=note, args=(a, n))
+        for n, a in [("quiet", quiet), *(("flood", answer) for answer in flood)]
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # four of the flood were inside already; the others came after the tenant that had had nothing
+    assert order.index("quiet") <= 4
+
+
+def test_a_failing_step_is_told_and_the_engine_goes_on(
+    served: tuple[Engine, dict[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, numbers = served
+    right = engine._batch._model.forward
+    monkeypatch.setattr(engine._batch._model, "forward", lambda *_: 1 / 0)
+    broken = ask(engine, numbers["full"], PROMPT)
+    assert broken.done.wait(30)
+    assert broken.finish() == "error"
+    monkeypatch.setattr(engine._batch._model, "forward", right)
+    after = ask(engine, numbers["full"], PROMPT, max_tokens=3, ignore_eos=True)
+    assert after.done.wait(30)
+    assert len(after.tokens()) == 3
+    assert engine.is_healthy()
+
+
+def test_a_version_is_removed_once_its_last_request_is_answered(
+    tenants: Tenants, served: tuple[Engine, dict[str, int]]
+) -> None:
+    engine, numbers = served
+    last = ask(engine, numbers["full"], PROMPT, max_tokens=20, ignore_eos=True)
+    gone = engine.residency.remove(numbers["full"], engine.do)
+    with pytest.raises(RequestError, match="no longer served"):
+        ask(engine, numbers["full"], PROMPT)
+    assert last.done.wait(30)
+    gone.result(30)
+    assert last.tokens() == generated(tenants.plugged_in["full"], PROMPT, 20)
+    base = ask(engine, numbers["base"], PROMPT, max_tokens=5, ignore_eos=True)
+    assert base.done.wait(30)
+    assert base.tokens() == generated(tenants.full, PROMPT, 5)
+
+
+def test_the_least_recently_used_tenant_makes_room(tenants: Tenants) -> None:
+    engine, numbers = serve(tenants, Limits(cache_tokens=512), max_tenant_bytes=1)
+    for _ in range(2):
+        for name in ("full", "lora", "bottleneck"):
+            answer = ask(engine, numbers[name], PROMPT, max_tokens=4, ignore_eos=True)
+            assert answer.done.wait(30)
+            assert answer.tokens() == generated(tenants.plugged_in[name], PROMPT, 4)
+    assert engine.residency.num_brought == 6
+    assert engine.residency.num_evicted == 5
+    engine.stop()
+
+
+def wait_until(is_so: object, seconds: float = 30.0) -> None:
+    """Wait for something to become true."""
+    end = time.monotonic() + seconds
+    while not is_so():  # type: ignore[operator]
+        assert time.monotonic() < end
+        time.sleep(0.01)
