@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,7 +24,7 @@ from tests.adapters import METHODS, make_adapter
 from tests.tiny_models import save_tiny
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
 PROMPTS = ((5, 9, 60), (7,), tuple(range(3, 24)), (90, 14, 33, 2, 8, 71, 30))
@@ -36,6 +38,7 @@ class Answer:
     request: Request | None = None
     done: threading.Event = field(default_factory=threading.Event)
     pieces: list[Piece] = field(default_factory=list)
+    finished_at: float = 0.0
 
     def tokens(self, index: int = 0) -> list[int]:
         return [token for piece in self.of(index) for token in piece.tokens]
@@ -92,8 +95,23 @@ def serve(
     return engine, numbers
 
 
-def ask(engine: Engine, tenant: int, prompt: Sequence[int], **sampling: object) -> Answer:
-    """Send a request; return what its answer is collected in."""
+def ask(
+    engine: Engine,
+    tenant: int,
+    prompt: Sequence[int],
+    *,
+    at_piece: Callable[[], object] = lambda: None,
+    **sampling: object,
+) -> Answer:
+    """Send a request; return what its answer is collected in.
+
+    Args:
+        engine: Which is to answer.
+        tenant: Number of the tenant.
+        prompt: Tokens.
+        at_piece: Called by the engine's thread with every piece.
+        **sampling: Fields of :class:`Sampling`; greedy, unless said otherwise.
+    """
     answer = Answer()
     ended: set[int] = set()
     n = int(sampling.get("n", 1))  # type: ignore[call-overload]
@@ -103,7 +121,9 @@ def ask(engine: Engine, tenant: int, prompt: Sequence[int], **sampling: object) 
         if piece.finish is not None:
             ended.add(piece.index)
         if len(ended) == n:
+            answer.finished_at = time.monotonic()
             answer.done.set()
+        at_piece()
 
     request = Request(
         id="request",
@@ -115,6 +135,23 @@ def ask(engine: Engine, tenant: int, prompt: Sequence[int], **sampling: object) 
     answer.request = request
     engine.submit(request)
     return answer
+
+
+@contextlib.contextmanager
+def held(engine: Engine) -> Iterator[None]:
+    """Keep an engine from doing anything, so that what is sent meanwhile is there at once."""
+    at_rest, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        at_rest.set()
+        go_on.wait(30)
+
+    engine.do(hold)
+    assert at_rest.wait(30)
+    try:
+        yield
+    finally:
+        go_on.set()
 
 
 @torch.no_grad()

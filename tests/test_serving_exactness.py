@@ -9,7 +9,7 @@ import pytest
 
 from offsite_ray.serving.engine import Limits
 from tests.adapters import METHODS
-from tests.served import PROMPTS, ask, generated, make_tenants, serve
+from tests.served import PROMPTS, ask, generated, held, make_tenants, serve
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,11 +23,12 @@ def test_mixed_batches_are_exact(family: str, tmp_path: Path) -> None:
     methods = [m for m in METHODS if m != "bitfit" or family in WITH_BIASES]
     tenants = make_tenants(family, tmp_path, methods)
     engine, numbers = serve(tenants, Limits(max_rows=6, cache_tokens=4096, prefill_tokens=16))
-    answers = {
-        (name, prompt): ask(engine, number, prompt, max_tokens=12, ignore_eos=True)
-        for prompt in PROMPTS
-        for name, number in numbers.items()
-    }
+    with held(engine):
+        answers = {
+            (name, prompt): ask(engine, number, prompt, max_tokens=12, ignore_eos=True)
+            for prompt in PROMPTS
+            for name, number in numbers.items()
+        }
     directories = {"base": tenants.full, **tenants.plugged_in}
     wrong_tenant = 0
     for (name, prompt), answer in answers.items():

@@ -61,7 +61,3 @@ class FairQueue:
     def served(self, tenant: int, cost: float) -> None:
         """Count what a tenant was given."""
         self._served[tenant] = self._served.get(tenant, 0.0) + cost
-
-    def forget(self, tenant: int) -> None:
-        """Drop the counter of a tenant that is no more."""
-        self._served.pop(tenant, None)

@@ -211,7 +211,7 @@ class RoutedModule(nn.Module):
         parts = [(self._own[tenant](x[places]), places) for tenant, places in mine.items()]
         if rest is not None:
             parts.append((self.base(x[rest]), rest))
-        y = parts[0][0].new_empty(x.shape[0], *parts[0][0].shape[1:])
+        y: Tensor = parts[0][0].new_empty(x.shape[0], *parts[0][0].shape[1:])
         for part, places in parts:
             y[places] = part
         return y
