@@ -82,7 +82,7 @@ def test_several_texts_of_a_prompt_differ(served: tuple[Engine, dict[str, int]])
     answer = ask(engine, numbers["full"], PROMPT, n=3, seed=1, temperature=1.0, max_tokens=8)
     assert answer.done.wait(30)
     assert len({tuple(answer.tokens(index)) for index in range(3)}) == 3
-    assert engine.num_running == 0
+    wait_until(lambda: engine.num_running == 0)
 
 
 def test_a_text_ends_before_a_stop_string(
@@ -170,6 +170,8 @@ def test_a_tenant_that_floods_keeps_nobody_waiting(
 ) -> None:
     engine, numbers = served
     wish: dict[str, Any] = {"ignore_eos": True}
+    for name in ("full", "lora"):  # so that both are in the model
+        assert ask(engine, numbers[name], PROMPT, max_tokens=1, **wish).done.wait(30)
     with held(engine):
         flood = [ask(engine, numbers["full"], PROMPT, max_tokens=30, **wish) for _ in range(5)]
         quiet = ask(engine, numbers["lora"], PROMPT, max_tokens=5, **wish)
