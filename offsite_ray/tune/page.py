@@ -8,12 +8,13 @@ privacy can be moved together. Without a script the page still has its table.
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 from offsite_ray.bundle import atomic_file
 from offsite_ray.results import SETTINGS
 from offsite_ray.tune.folders import FAILED, FINISHED
-from offsite_ray.tune.front import OBJECTIVES, behind, yardstick
+from offsite_ray.tune.front import OBJECTIVES, behind, worths, yardstick
 from offsite_ray.tune.plan import Job
 from offsite_ray.tune.recipe import label_of
 from offsite_ray.tune.series import compression, kinds, placements
@@ -81,6 +82,8 @@ def page_data(
         | {"front": point.point in front, "behind": gaps[point.point]}
         for point, other in zip(points, others, strict=True)
     ]
+    worth_of = worths(points, config.privacy_weight)
+    drawn.sort(key=lambda point: math.inf if (w := worth_of[point["id"]]) is None else -w)
     return {
         "title": f"Sweep of {Path(config.model).resolve().name}",
         "unit": "nats per token" if nats else "mean task score",
