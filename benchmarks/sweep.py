@@ -124,7 +124,7 @@ def measure(job: Job, start: float) -> Run:
     """Run the trials; ``start`` is when the process began, by ``time.time()``."""
     from offsite_ray.config import SweepConfig
     from offsite_ray.tune.attempts import Silent, run_one_by_one
-    from offsite_ray.tune.run import plan_sweep
+    from offsite_ray.tune.planned import plan_sweep
     from offsite_ray.tune.search import Listed
 
     train, test = _texts(job)

@@ -20,8 +20,8 @@ from offsite_ray.results import SETTINGS
 from offsite_ray.tune import SweepResult, sweep
 from offsite_ray.tune.folders import Folders, once
 from offsite_ray.tune.plan import Job
+from offsite_ray.tune.planned import plan_sweep
 from offsite_ray.tune.recipe import recipe_of_job
-from offsite_ray.tune.run import plan_sweep
 from offsite_ray.tune.table import COLUMNS
 from tests.loops import ignore
 from tests.sweeps import SPACE, Seen, a_config, emulator_of, run, table

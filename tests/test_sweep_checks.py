@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from offsite_ray.errors import OffsiteError, StorageError
 from offsite_ray.tune import dry_run
 from offsite_ray.tune.folders import Folders
-from offsite_ray.tune.run import plan_sweep
+from offsite_ray.tune.planned import plan_sweep
 from tests.sweeps import a_config, run
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         ),
         ({"seq_len": 65}, "64 positions"),
         ({"proxy": "hiden"}, "unknown proxy 'hiden'"),
+        ({"proxy": "layerwise", "early_stop": True}, "has a layerwise_weight but 0"),
         ({"space": {"compress": {"plan": "4-2-1"}}}, "needs 7 blocks"),
         (
             {

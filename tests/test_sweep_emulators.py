@@ -18,7 +18,7 @@ from offsite_ray.emulator import open_bundle
 from offsite_ray.tune import sweep
 from offsite_ray.tune.attempts import Silent
 from offsite_ray.tune.folders import Folders
-from offsite_ray.tune.run import plan_sweep
+from offsite_ray.tune.planned import plan_sweep
 from offsite_ray.tune.trial import run_job
 from tests.conftest import ROOT
 from tests.sweeps import Seen, a_config, emulator_of, run, table

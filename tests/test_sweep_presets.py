@@ -12,7 +12,7 @@ from offsite_ray.errors import ConfigError
 from offsite_ray.finetuning import FINETUNING_METHODS
 from offsite_ray.tune import sweep
 from offsite_ray.tune.attempts import Silent
-from offsite_ray.tune.run import plan_sweep
+from offsite_ray.tune.planned import plan_sweep
 from tests.loops import make_loop
 from tests.questions import own_task
 from tests.sweeps import a_config, run, table

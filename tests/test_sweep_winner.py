@@ -21,10 +21,11 @@ from offsite_ray.emulator import open_bundle
 from offsite_ray.errors import OffsiteError
 from offsite_ray.tune import sweep
 from offsite_ray.tune.attempts import Silent
+from offsite_ray.tune.finish import finish
 from offsite_ray.tune.folders import Folders
 from offsite_ray.tune.plan import Job, Planner
+from offsite_ray.tune.planned import plan_sweep
 from offsite_ray.tune.recipe import PrunedToo, recipe_of_job, recipe_text
-from offsite_ray.tune.run import finish, plan_sweep
 from offsite_ray.tune.trial import base_record
 from tests.conftest import ROOT
 from tests.sweeps import a_config

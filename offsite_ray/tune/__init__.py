@@ -5,7 +5,9 @@ What is run is planned with plain values, a job is run by the functions behind t
 ``on_ray`` knows Ray Tune.
 """
 
+from offsite_ray.tune.finish import SweepResult
 from offsite_ray.tune.opening import SweepSize, dry_run
-from offsite_ray.tune.run import Sweep, SweepResult, plan_sweep, sweep
+from offsite_ray.tune.planned import Sweep, plan_sweep
+from offsite_ray.tune.run import sweep
 
 __all__ = ["Sweep", "SweepResult", "SweepSize", "dry_run", "plan_sweep", "sweep"]

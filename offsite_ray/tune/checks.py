@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offsite_ray.architectures import empty_model
 from offsite_ray.bundle import digest_file, digest_plain, fingerprint, open_weights
-from offsite_ray.config import EvaluateConfig, FinetuneConfig
+from offsite_ray.config import DistillConfig, EvaluateConfig, FinetuneConfig
+from offsite_ray.distillation.losses import DISTILLATION_LOSSES
 from offsite_ray.errors import ConfigError, StorageError
 from offsite_ray.evaluation.settings import open_yardstick
 from offsite_ray.finetuning.methods import finetuning_method
@@ -162,6 +163,8 @@ def check_space(variants: Sequence[Variant], config: SweepConfig) -> None:
             trials are to be stopped that cannot be.
     """
     check_proxy(config.proxy)
+    if config.early_stop and config.proxy in DISTILLATION_LOSSES:
+        _check_compared(variants, config.proxy)
     if not config.public:
         _check_without_text(variants)
     workers = workers_per_trial(variants)
@@ -169,6 +172,17 @@ def check_space(variants: Sequence[Variant], config: SweepConfig) -> None:
         raise ConfigError(
             f"early_stop with distill.num_workers={workers['distill']}: what trains in workers "
             "of its own cannot be stopped early; leave distill.num_workers at 0, or early_stop out"
+        )
+
+
+def _check_compared(variants: Sequence[Variant], proxy: str) -> None:
+    """Refuse to compare distillations by a part of the loss that none of them has."""
+    name = f"{proxy}_weight"
+    default = {field.name: field.default for field in fields(DistillConfig)}[name]
+    knobs = [v.get(f"distill.{name}", (default,)) for v in variants if may_distil(v)]
+    if all(knob == (0,) for knob in knobs):
+        raise ConfigError(
+            f"proxy={proxy} compares nothing: no distillation of this space has a {name} but 0"
         )
 
 
