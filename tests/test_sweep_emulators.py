@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from offsite_ray.emulator import open_bundle
 from offsite_ray.tune import sweep
 from offsite_ray.tune.attempts import Silent
 from offsite_ray.tune.folders import Folders
@@ -193,27 +191,3 @@ def test_who_waits_for_an_emulator_goes_on_with_it_where_its_maker_is_killed(
     for known in (record, other):
         nats = known["measured"]["plug_in"]["nats_per_token"]
         assert nats == rows[known["id"]]["plug_in_nats"]
-
-
-def test_a_sweep_whose_jobs_have_bundles_of_their_own_goes_on(
-    shared: tuple[SweepConfig, SweepResult, Seen], tmp_path: Path
-) -> None:
-    folders = Folders(tmp_path / "out")
-    shutil.copytree(shared[0].out, folders.root)
-    config = dataclasses.replace(shared[0], out=str(folders.root))
-    before = open_bundle(folders.winner / "bundle").manifest.id
-    shutil.rmtree(folders.winner)
-    for row in table(shared[1]):
-        if row["role"] == "emulator":
-            own = folders.emulator(emulator_of(row)) / "bundle"
-            if own.exists():
-                shutil.copytree(own, folders.of(row["id"]) / "bundle")
-    shutil.rmtree(folders.emulators)
-    result, seen = run(config)
-    assert (seen.begun, seen.losses) == ([], [])
-    assert open_bundle(Path(result.recipe or "") / "bundle").manifest.id == before
-    (kept,) = (path.parent for path in folders.emulators.glob("*/bundle"))
-    notes = json.loads((kept / "stages.json").read_text())
-    assert set(notes["seconds"]) == {"compress", "distill"}
-    assert set(notes["found"]) == {"distillation", "distill_peak_memory_bytes"}
-    assert table(result) == table(shared[1])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from offsite_ray.errors import TrainingError
 from offsite_ray.selection import uniform
 from offsite_ray.split import parse_plan
 from offsite_ray.tune import sweep
@@ -333,8 +334,10 @@ def test_a_crash_is_tried_again_and_leaves_its_traceback_a_diverged_run_is_not(
     config = a_config(
         loop, tmp_path / "out", space=space, retries=1, baseline={"learning_rate": 1e-3}
     )
-    sweep(config, lambda _: None, lambda _: Clumsy())
+    with pytest.raises(TrainingError, match="every emulator failed"):
+        sweep(config, lambda _: None, lambda _: Clumsy())
     folders = Folders(tmp_path / "out")
+    assert folders.report.is_file()
     tries = {}
     for record in folders.records():
         if record["status"] == "failed":
