@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,6 +21,8 @@ from tests.conftest import ROOT
 from tests.sweeps import Seen, a_config, emulator_of, run, table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from offsite_ray.config import SweepConfig
     from offsite_ray.tune import SweepResult
     from offsite_ray.tune.bench import Shared
