@@ -88,6 +88,10 @@ class BusyError(OffsiteError):
     exit_status = 1
 
 
+class RegistryError(OffsiteError):
+    """A tenant, a version or a key that there is not, or that cannot be."""
+
+
 class ResumeError(TrainingError):
     """A checkpoint of another run than the one that is to go on."""
 
