@@ -36,7 +36,7 @@ def test_everything_is_as_it_was_after_a_restart(tmp_path: Path) -> None:
     assert (tmp_path / "bundles" / str(second.number) / "offsite.json").read_text() == "two"
     assert after.pinned == {"globex"}
     known = after.keys[hash_of(key)]
-    assert (known.label, known.models, known.admin) == ("service", {"acme"}, False)
+    assert (known.label, known.models, known.admin) == ("service", frozenset({"acme"}), False)
     assert key not in (tmp_path / "registry.sqlite").read_bytes().decode("latin1")
 
 
