@@ -13,7 +13,7 @@ from offsite_ray.bundle.atomic import (
 )
 from offsite_ray.bundle.digest import digest_file, digest_plain, new_hasher
 from offsite_ray.bundle.fingerprint import Fingerprint, difference, digests, fingerprint
-from offsite_ray.bundle.locks import alone
+from offsite_ray.bundle.locks import alone, locked
 from offsite_ray.bundle.manifest import (
     MANIFEST,
     Kind,
@@ -72,6 +72,7 @@ __all__ = [
     "digests",
     "fingerprint",
     "lazy_spec",
+    "locked",
     "made_parent",
     "new_hasher",
     "open_weights",

@@ -32,7 +32,15 @@ def alone(lock: Path, *, busy: str | None = None) -> Iterator[None]:
         StorageError: Someone else holds it, and waiting is not wanted.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    with locked(lock, os.open(lock, os.O_RDWR | os.O_CREAT, 0o644), busy) as descriptor:
+        os.truncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
+        yield
+
+
+@contextlib.contextmanager
+def locked(path: Path, descriptor: int, busy: str | None) -> Iterator[int]:
+    """Hold a lock by what is open, a file or a directory, and close it; see :func:`alone`."""
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if busy is None else fcntl.LOCK_NB))
@@ -40,9 +48,7 @@ def alone(lock: Path, *, busy: str | None = None) -> Iterator[None]:
             raise StorageError(busy) from error
         except OSError as error:
             if error.errno not in _NO_LOCKS:
-                raise storage_error(lock, error) from error
-        os.truncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
-        yield
+                raise storage_error(path, error) from error
+        yield descriptor
     finally:
         os.close(descriptor)

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import secrets
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.bundle import MANIFEST, check_free, made_parent, storage_error
+from offsite_ray.bundle import MANIFEST, check_free, locked, made_parent, storage_error
 from offsite_ray.errors import BundleError, IntegrityError, ResumeError, StorageError
 from offsite_ray.results import CheckpointRecord, EvalRecord, StepRecord, TrainingHistory, to_plain
 from offsite_ray.training.checkpoints import (
@@ -28,6 +27,7 @@ from offsite_ray.training.devices import peak_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from offsite_ray.config import TrainingConfig
@@ -63,9 +63,6 @@ TO_BE_TOLD = ("learning_rate", "max_grad_norm")
 
 _SEEN_BY_ALL = "seen-by-all"
 """File by which workers know that they share the run's directory."""
-
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What a file system answers that has no locks."""
 
 
 def identity_of(task: TrainingTask, config: TrainingConfig, plan: Schedule) -> dict[str, Any]:
@@ -365,23 +362,10 @@ def run_directory(out: Path, resume: bool) -> Iterator[Path]:
             shutil.rmtree(run_dir, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _alone(run_dir: Path, out: Path) -> Iterator[None]:
+def _alone(run_dir: Path, out: Path) -> AbstractContextManager[int]:
     """Hold a lock on a directory, which goes with the process however it ends."""
-    directory = os.open(run_dir, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StorageError(
-                f"another run is writing {out}; wait for its end, or choose another --out"
-            ) from error
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise storage_error(out, error) from error
-        yield
-    finally:
-        os.close(directory)
+    busy = f"another run is writing {out}; wait for its end, or choose another --out"
+    return locked(out, os.open(run_dir, os.O_RDONLY), busy)
 
 
 def _empty(directory: Path) -> None:
