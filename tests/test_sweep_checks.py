@@ -16,7 +16,7 @@ from offsite_ray.errors import OffsiteError, StorageError
 from offsite_ray.tune import dry_run
 from offsite_ray.tune.folders import Folders
 from offsite_ray.tune.planned import plan_sweep
-from tests.sweeps import a_config, run
+from tests.sweeps import SPACE, a_config, run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,6 +76,14 @@ def test_a_dry_run_counts_the_jobs_and_writes_nothing(loop: Loop, tmp_path: Path
     # two points, of which the undistilled one is its own uniform control
     assert (size.emulators, size.controls) == (2 * (2 + 3), 2 * 4)
     assert (size.distillations, size.distill_steps) == (2 * 3, 2 * 3 * 2)
+    finetune = {**SPACE["finetune"], "learning_rate": [1e-3, 3e-3]}
+    shared = {**SPACE, "finetune": finetune}
+    twice = dry_run(dataclasses.replace(config, space=shared), lambda _: None)
+    assert twice.emulators == 2 * size.emulators
+    assert (twice.distillations, twice.distill_steps) == (size.distillations, size.distill_steps)
+    epochs = {"compress": {"plan": "1-2-1"}, "distill": {"epochs": 2}}
+    unknown = dry_run(dataclasses.replace(config, space=epochs), lambda _: None)
+    assert (unknown.distillations > 0, unknown.distill_steps) == (True, None)
     assert not (tmp_path / "out").exists()
 
 

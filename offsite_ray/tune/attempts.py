@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from offsite_ray.errors import DivergedError, OffsiteError, first_line
-from offsite_ray.tune.emulators import BUNDLE, COMPRESSED, StopTrial, discard
+from offsite_ray.tune.emulators import StopTrial, discard
 from offsite_ray.tune.folders import FAILED, STOPPED, Folders, Record, remove
 from offsite_ray.tune.trial import base_record, run_job
 
@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from offsite_ray.tune.plan import Job
     from offsite_ray.tune.search import Source
 
-ARTEFACTS = (COMPRESSED, BUNDLE, "keep-all", "adapter", "fine-tuned")
-"""What a job may leave in its folder; the first two where a sweep began before emulators were
-shared."""
+ARTEFACTS = ("keep-all", "adapter", "fine-tuned")
+"""What a job may leave in its folder."""
 
 TRACEBACK = "traceback.txt"
 """File in the folder of a job that crashed, of its last attempt."""

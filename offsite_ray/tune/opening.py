@@ -48,9 +48,9 @@ class SweepSize:
     controls: int
     """Of the emulators, those that nobody asked for: uniform and tail drops of equal size."""
     distillations: int
-    """Emulators that are distilled."""
-    distill_steps: int
-    """Steps of all of them together."""
+    """Emulators that are distilled; those that differ in their fine-tuning alone are one."""
+    distill_steps: int | None
+    """Steps of all of them together; None where some are given in epochs."""
 
 
 def open_sweep(config: SweepConfig, notice: Notice) -> Opened:
@@ -95,7 +95,8 @@ def dry_run(config: SweepConfig, notice: Notice) -> SweepSize:
     opened = open_sweep(config, notice)
     jobs = opened.planner.jobs(points_of(opened.variants, config))
     roles = Counter(job.role for job in jobs)
-    steps = [int(job.settings.get("distill", {}).get("max_steps", 0)) for job in jobs]  # type: ignore[arg-type]
+    distilled = {job.emulator: job.settings["distill"] for job in jobs if "distill" in job.settings}
+    steps = [settings.get("max_steps") for settings in distilled.values()]
     return SweepSize(
         jobs=len(jobs),
         full_model=roles["full"],
@@ -103,6 +104,6 @@ def dry_run(config: SweepConfig, notice: Notice) -> SweepSize:
         bounds=roles["bound"],
         emulators=roles["emulator"],
         controls=sum(job.control is not None for job in jobs),
-        distillations=sum(map(bool, steps)),
-        distill_steps=sum(steps),
+        distillations=len(distilled),
+        distill_steps=None if None in steps else sum(map(int, steps)),  # type: ignore[arg-type]
     )
