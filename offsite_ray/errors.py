@@ -89,7 +89,17 @@ class BusyError(OffsiteError):
 
 
 class RegistryError(OffsiteError):
-    """A tenant, a version or a key that there is not, or that cannot be."""
+    """A tenant, a version or a key that cannot be as asked."""
+
+
+class MissingError(RegistryError):
+    """A tenant, a version or a key that there is not."""
+
+
+class LostError(OffsiteError):
+    """A replica that was lost while it answered; the same request may succeed on another."""
+
+    exit_status = 1
 
 
 class ResumeError(TrainingError):

@@ -26,6 +26,7 @@ from offsite_ray.finetuning.writing import checked_replacements, write_plugged_i
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from offsite_ray.bundle import TensorInfo
@@ -120,18 +121,24 @@ def applied(model: PreTrainedModel, host: Host, adapter: AdapterBundle) -> Itera
         finally:
             detach_bottlenecks(model, host.arch, indices, handles)
         return
-    replaced = checked_replacements(method, adapter.path, adapter.weights, host)
-    disk = {
-        name: replaced[name]() if name in replaced else host.weights.read(name)
-        for name in host.block_names
-    }
-    new = block_parameters(host.config, host.arch, disk)
+    new = _block_parameters(host, adapter)
     parameters = {n: p for n, p in model.named_parameters() if n in new}
     old = {name: parameter.data for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():
-            parameter.data = new[name].to(parameter.device, parameter.dtype)
+            parameter.data = new.pop(name).to(parameter.device, parameter.dtype)
         yield
     finally:
         for name, parameter in parameters.items():
             parameter.data = old[name]
+
+
+def _block_parameters(host: Host, adapter: AdapterBundle) -> dict[str, Tensor]:
+    """Return the parameters of the adapter blocks by name in memory, with an adapter in them."""
+    method = finetuning_method(adapter.method)
+    replaced = checked_replacements(method, adapter.path, adapter.weights, host)
+    disk = {
+        name: replaced[name]() if name in replaced else host.weights.view(name)
+        for name in host.block_names
+    }
+    return block_parameters(host.config, host.arch, disk)

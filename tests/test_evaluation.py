@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -326,6 +327,22 @@ def evaluated_models(loop: Loop, adapter: Path) -> Iterator[tuple[str, PreTraine
     return models(open_artefacts(config), torch.float32)
 
 
+def test_one_model_is_in_memory_at_a_time(
+    loop: Loop, artefacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[PreTrainedModel]] = []
+
+    def load(*args: Any, **options: Any) -> PreTrainedModel:
+        assert [model for model in loaded if model() is not None] == []
+        model = load_model(*args, **options)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr("offsite_ray.evaluation.settings.load_model", load)
+    evaluated(loop, bundle=str(loop.bundle), adapter=str(artefacts / "lora"))
+    assert len(loaded) == 2
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_plug_in_in_memory_is_the_plugged_in_directory(
     loop: Loop, artefacts: Path, method: str
@@ -340,7 +357,7 @@ def test_the_plug_in_in_memory_is_the_plugged_in_directory(
             if reference is not None:
                 assert digest(model) == digest(reference)
                 assert torch.equal(model(tokens).logits, reference(tokens).logits)
-    assert seen == ["full_zero_shot", "plug_in", "emulator_zero_shot", "emulator_fine_tuned"]
+    assert seen == ["plug_in", "full_zero_shot", "emulator_fine_tuned", "emulator_zero_shot"]
 
 
 @pytest.mark.parametrize("method", METHODS)

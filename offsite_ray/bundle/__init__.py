@@ -8,6 +8,7 @@ from offsite_ray.bundle.atomic import (
     check_parent,
     made_parent,
     storage_error,
+    storage_errors,
     sync,
     write_json,
 )
@@ -83,6 +84,7 @@ __all__ = [
     "rewrite_model",
     "specs",
     "storage_error",
+    "storage_errors",
     "sync",
     "tensor_bytes",
     "user_cache",

@@ -62,36 +62,30 @@ def atomic_directory(out: Path) -> Iterator[Path]:
         StorageError: ``out`` is taken, or the file system refuses (no space, no permission).
     """
     check_free(out)
-    try:
-        with made_parent(out), _locked_sibling(out) as tmp:
-            try:
-                yield tmp
-                _sync_tree(tmp)
-                check_free(out)  # another may have written it meanwhile
-                if out.is_dir():
-                    out.rmdir()
-                tmp.rename(out)
-                sync(out.parent)
-            finally:
-                shutil.rmtree(tmp, ignore_errors=True)
-    except OSError as error:
-        raise storage_error(out, error) from error
+    with storage_errors(out), made_parent(out), _locked_sibling(out) as tmp:
+        try:
+            yield tmp
+            _sync_tree(tmp)
+            check_free(out)  # another may have written it meanwhile
+            if out.is_dir():
+                out.rmdir()
+            tmp.rename(out)
+            sync(out.parent)
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def atomic_file(out: Path) -> Iterator[Path]:
     """Yield a temporary sibling of the file ``out`` that replaces it when the block ends well."""
     tmp = _sibling(out)
-    try:
-        with made_parent(out):
-            try:
-                yield tmp
-                sync(tmp)
-                tmp.replace(out)
-            finally:
-                tmp.unlink(missing_ok=True)
-    except OSError as error:
-        raise storage_error(out, error) from error
+    with storage_errors(out), made_parent(out):
+        try:
+            yield tmp
+            sync(tmp)
+            tmp.replace(out)
+        finally:
+            tmp.unlink(missing_ok=True)
 
 
 def write_json(out: Path, value: Mapping[str, Any]) -> None:
@@ -120,10 +114,8 @@ def made_parent(out: Path) -> Iterator[None]:
     """
     missing = [folder for folder in out.parents if not folder.exists()]
     try:
-        try:
+        with storage_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise storage_error(out, error) from error
         yield
     except BaseException:
         for folder in missing:
@@ -136,6 +128,15 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     """Return what the operating system refused, as one line."""
     where = error.filename or path
     return StorageError(f"{where}: {error.strerror or error}; nothing was left at {path}")
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into :class:`StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(path, error) from error
 
 
 @contextlib.contextmanager

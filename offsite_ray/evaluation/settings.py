@@ -36,6 +36,7 @@ from offsite_ray.evaluation.tasks import run_tasks
 from offsite_ray.finetuning.host import Host, host_of_bundle, host_of_full_model
 from offsite_ray.plug_in import applied
 from offsite_ray.results import SETTINGS, EvaluationResult, SettingResult, to_plain
+from offsite_ray.training.devices import give_back
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -109,11 +110,12 @@ def evaluate(
     yardstick = open_yardstick(config, artefacts.full.path, artefacts.full.config)
     measured: dict[str, SettingResult] = {}
     for name, model in models(artefacts, DTYPES[config.dtype]):
-        if name not in settings:
-            continue
-        measured[name] = yardstick.measure(model)
-        if progress is not None:
-            progress(_line(name, measured[name]))
+        if name in settings:
+            give_back()  # what assembling it, and the setting before, have left
+            measured[name] = yardstick.measure(model)
+            if progress is not None:
+                progress(_line(name, measured[name]))
+        del model  # or it would stay beside the next one while that is loaded
     result = compare(
         measured,
         recipe={**to_plain(config), "seq_len": yardstick.seq_len},
@@ -234,13 +236,15 @@ def _texts(config: EvaluateConfig) -> list[str]:
 def models(artefacts: Artefacts, dtype: torch.dtype) -> Iterator[tuple[str, PreTrainedModel]]:
     """Yield the name of each setting with its model, which is good until the next is asked for."""
     full, bundle = artefacts.full, artefacts.bundle
-    in_full: dict[str, AdapterBundle | None] = {"full_zero_shot": None}
+    in_full: dict[str, AdapterBundle | None] = {}
     in_full |= {"plug_in": artefacts.adapter} if artefacts.adapter else {}
     in_full |= {"bound": artefacts.bound} if artefacts.bound else {}
+    in_full |= {"full_zero_shot": None}
     yield from _variants(full.path, dtype, in_full, lambda a: host_of_full_model(full, a.plan))
     if bundle is not None:
-        in_emulator: dict[str, AdapterBundle | None] = {"emulator_zero_shot": None}
+        in_emulator: dict[str, AdapterBundle | None] = {}
         in_emulator |= {"emulator_fine_tuned": artefacts.adapter} if artefacts.adapter else {}
+        in_emulator |= {"emulator_zero_shot": None}
         yield from _variants(bundle.path, dtype, in_emulator, lambda _: host_of_bundle(bundle))
     if artefacts.finetuned is not None:
         yield "full_fine_tuned", _loaded(artefacts.finetuned, dtype)
@@ -252,7 +256,11 @@ def _variants(
     adapters: Mapping[str, AdapterBundle | None],
     host: Callable[[AdapterBundle], Host],
 ) -> Iterator[tuple[str, PreTrainedModel]]:
-    """Yield one model with each of some adapters in it (None: as it is)."""
+    """Yield one model with each of some adapters in it (None: as it is, which goes last).
+
+    Weights are read from their file when they are first used. So those that an adapter replaces
+    come into memory when the adapter has left it.
+    """
     model = _loaded(path, dtype)
     for name, adapter in adapters.items():
         with nullcontext() if adapter is None else applied(model, host(adapter), adapter):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offsite_ray.errors import ConfigError
+from offsite_ray.training.devices import give_back
 from offsite_ray.training.fragments import MOMENTS, PARAMETER, Fragment
 from offsite_ray.training.loop import training_loop
 from offsite_ray.training.protocols import TrainingOutcome
@@ -93,6 +94,7 @@ class TorchEngine:
             raise ConfigError("--use-gpu was given and torch sees no GPU here; leave it out")
         self.device = torch.device("cuda" if gpu else "cpu")
         self._module = task.build(self.device)
+        give_back()  # what the task's data and the build have left
         self.trained = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
         """What trains, by its name in the task's module."""
         self._optimizer = adamw(self._module, config)

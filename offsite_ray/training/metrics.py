@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from offsite_ray.bundle import storage_error
+from offsite_ray.bundle import storage_errors
 from offsite_ray.errors import ConfigError, StorageError, unknown_name
 from offsite_ray.results import EvalRecord, Record, RunStart, StepRecord, to_plain
 
@@ -163,10 +163,8 @@ def _close(places: Sequence[Place]) -> None:
 
 
 def _make_directory(path: Path) -> None:
-    try:
+    with storage_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(path, error) from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise StorageError(f"{path} may not be written to; choose another --log-dir")
 

@@ -11,7 +11,7 @@ import secrets
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.bundle import MANIFEST, check_free, locked, made_parent, storage_error
+from offsite_ray.bundle import MANIFEST, check_free, locked, made_parent, storage_errors
 from offsite_ray.errors import BundleError, IntegrityError, ResumeError, StorageError
 from offsite_ray.results import CheckpointRecord, EvalRecord, StepRecord, TrainingHistory, to_plain
 from offsite_ray.training.checkpoints import (
@@ -339,10 +339,8 @@ def run_directory(out: Path, resume: bool) -> Iterator[Path]:
     """
     run_dir = _run_dir(out)
     with made_parent(run_dir):
-        try:
+        with storage_errors(out):
             run_dir.mkdir(exist_ok=True)
-        except OSError as error:
-            raise storage_error(out, error) from error
         with _alone(run_dir, out):
             stopped = any(run_dir.glob("checkpoint-*"))
             if stopped and not resume:

@@ -7,8 +7,6 @@ artefact that was being made, from its last checkpoint.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import shutil
 import time
@@ -20,6 +18,7 @@ from offsite_ray.bundle.manifest import now
 from offsite_ray.config import EvaluateConfig, FinetuneConfig
 from offsite_ray.evaluation import evaluate
 from offsite_ray.finetuning import finetune
+from offsite_ray.training.devices import give_back
 from offsite_ray.tune.bench import Bench
 from offsite_ray.tune.emulators import compressed, course, engines, make_emulator
 from offsite_ray.tune.folders import FINISHED, Folders, Record, remove
@@ -67,10 +66,9 @@ def run_job(job: Job, shared: Shared, tell: Tell) -> Record:
 
 
 def _give_back() -> None:
-    """Return memory that is free to the system, for the next job of this process."""
+    """Return memory that no one needs to the system, cycles too: other trials want it."""
     gc.collect()
-    with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back()
 
 
 def base_record(job: Job, status: str, **more: Any) -> Record:
@@ -130,6 +128,7 @@ def _finetuned(bench: Bench, out: Path, **what: Any) -> None:
     )
     fit, _ = engines(config.num_workers)
     result = finetune(config, fit, lambda _: None)
+    _give_back()
     bench.notes.note(
         "finetune",
         result.seconds,
