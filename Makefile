@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 # DeepSpeed looks for ninja on the PATH when it compiles its extensions.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help demo test check format bench-distill bench-estimate bench-finetune bench-quality bench-outofcore bench-prepare bench-sweep clean
+.PHONY: help demo test check format bench-distill bench-estimate bench-finetune bench-quality bench-outofcore bench-prepare bench-sweep bench-serve clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -63,6 +63,9 @@ bench-quality: $(STAMP) ## Measure what distillation does for the plug-in; ARGS 
 
 bench-sweep: $(STAMP) ## Measure sweeps: trials side by side, first trial, memory; ARGS goes to the script
 	python benchmarks/sweep.py $(ARGS)
+
+bench-serve: $(STAMP) ## Measure serving: many tenants on one trunk, under load; ARGS goes to the script
+	python benchmarks/serve.py $(ARGS)
 
 clean: ## Remove the environment, builds and caches
 	rm -rf $(VENV) build dist *.egg-info

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -46,12 +47,57 @@ def embedded_ray(num_workers: int) -> Iterator[None]:
         # there are no such workers, its dozen processes would only keep the first trial waiting.
         "include_dashboard": num_workers > 0,
     }
-    address = os.environ.get("RAY_ADDRESS")
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, **({} if address else local))
+    _start(**local)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def serving_ray(num_replicas: int, num_cpus: float, num_gpus: float) -> Iterator[str | None]:
+    """Use the Ray cluster at hand, or run one in this process while something is served.
+
+    Args:
+        num_replicas: That there may be.
+        num_cpus: Of a replica.
+        num_gpus: Of a replica.
+
+    Yields:
+        The directory of Ray's logs on this node, if it is known.
+
+    Raises:
+        ConfigError: The cluster can never hold a replica.
+    """
+    import ray
+
+    logs = None
+    if not ray.is_initialized():
+        # Store and ingress take none, and Serve's own actors next to none.
+        local: dict[str, Any] = {
+            "num_cpus": max(math.ceil(num_replicas * num_cpus) + 1, os.cpu_count() or 1),
+        }
+        logs = os.path.join(_start(**local).address_info["session_dir"], "logs")
+    try:
+        for kind, wanted in (("CPU", num_cpus), ("GPU", num_gpus)):
+            there = ray.cluster_resources().get(kind, 0)
+            if there < wanted:
+                raise ConfigError(
+                    f"a replica needs {wanted:g} {kind}s, and the Ray cluster has {there:g}; lower "
+                    f"--num-{kind.lower()}s or add nodes"
+                )
+        yield logs
+    finally:
+        ray.shutdown()
+
+
+def _start(**local: Any) -> Any:
+    """Connect to the cluster that ``RAY_ADDRESS`` names, or run one as told; return its context."""
+    import ray
+
+    # "local", or Ray would join the cluster that was last started on this machine, whoever's it is.
+    given = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", **local}
+    return ray.init(log_to_driver=False, logging_level=logging.ERROR, **given)
 
 
 def check_room(num_workers: int, *, gpu: bool) -> None:

@@ -43,6 +43,7 @@ class Browser:
         os.close(commands)
         os.close(answers)
         self._buffer, self._count, self._loaded = b"", 0, False
+        self._allowed: dict[str, str] = {}
         self.problems: list[str] = []
         """Errors of scripts, and whatever the page asked the network for."""
         self._session: str | None = None
@@ -69,15 +70,22 @@ class Browser:
 
     def open(self, page: Path, width: int, height: int = 900, *, dark: bool = False) -> None:
         """Show a page, in a window of so many pixels, and wait until it is drawn."""
+        self.visit(page.as_uri(), "file:", width, height, dark=dark)
+        assert self.run("document.documentElement.dataset.drawn") == "yes", self.problems
+
+    def visit(
+        self, url: str, allowed: str, width: int, height: int = 900, *, dark: bool = False
+    ) -> None:
+        """Show what is at an address; it may ask for nothing that does not begin as is allowed."""
+        self._allowed[url] = allowed
         self._ask("Emulation.setDeviceMetricsOverride", width=width, height=height,
                   deviceScaleFactor=1, mobile=width < 600)  # fmt: skip
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._ask("Emulation.setEmulatedMedia", features=[scheme])
         self._loaded = False
-        self._ask("Page.navigate", url=page.as_uri())
+        self._ask("Page.navigate", url=url)
         while not self._loaded:
             self._look(self._next())
-        assert self.run("document.documentElement.dataset.drawn") == "yes", self.problems
 
     def run(self, script: str) -> Any:
         """Return what a script gives; what it promises is waited for."""
@@ -124,8 +132,9 @@ class Browser:
             details = parameters["exceptionDetails"]
             self.problems.append(str(details.get("exception", details)))
         elif said["method"] == "Network.requestWillBeSent":
-            url = parameters["request"]["url"]
-            if not url.startswith("file:"):
+            # an icon is asked for when the page is drawn, perhaps after the next one is asked for
+            url, page = parameters["request"]["url"], parameters["documentURL"]
+            if not url.startswith((self._allowed.get(page, "data:"), "data:")):
                 self.problems.append(url)
         elif said["method"] == "Log.entryAdded":
             self.problems.append(parameters["entry"]["text"])

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
     from tests.browser import Browser
+    from tests.deployed import Deployed
     from tests.loops import Loop
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,6 +39,12 @@ ON_RAY = frozenset(
         "demo",
         "drills_on_ray",
         "prepare",
+        "served_access",
+        "served_application",
+        "served_clients",
+        "served_deploy",
+        "served_faults",
+        "served_page",
         "sweep_on_ray",
         "teacher_cache",
         "train",
@@ -103,7 +110,7 @@ def ray_cluster() -> Iterator[None]:
     """Run a local Ray with three logical CPUs, until the last test is done."""
     import ray
 
-    ray.init(num_cpus=3, log_to_driver=False, configure_logging=False)
+    ray.init(address="local", num_cpus=3, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
 
@@ -132,6 +139,16 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Loop:
     from tests.loops import make_loop
 
     return make_loop(tmp_path_factory.mktemp("loop"))
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+    """Give a running application to all tests that only use it."""
+    from tests.deployed import deployed, make_served
+
+    root = tmp_path_factory.mktemp("served")
+    with deployed(make_served(root), root / "state") as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

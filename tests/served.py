@@ -87,7 +87,7 @@ def serve(
 ) -> tuple[Engine, dict[str, int]]:
     """Return a running engine, and the number of each tenant (that of the full model is "base")."""
     full = open_full_model(tenants.full)
-    engine = start_engine(full, limits or Limits(cache_tokens=4096), **given)  # type: ignore[arg-type]
+    engine = start_engine(full, limits or Limits(cache_tokens=4096, max_queue=64), **given)  # type: ignore[arg-type]
     numbers = {"base": BASE}
     for number, (name, path) in enumerate(tenants.adapters.items(), 1):
         engine.residency.add(number, read_own(path, full))

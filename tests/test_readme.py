@@ -42,6 +42,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
     assert result["bound_share"] is not None
     assert "Plug-in" in (tmp_path / "runs/report/report.html").read_text(encoding="utf-8")
     assert (tmp_path / "runs/report/report.png").is_file()
+    assert '"object":"text_completion"' in done.stdout
     leftovers = [p.name for p in (tmp_path / "runs").iterdir() if p.name.startswith(".")]
     assert leftovers == []
 

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from offsite_ray.serving.access import DeniedError, Gate, RateError, UnknownModelError
+from offsite_ray.serving.access import (
+    DeniedError,
+    ForbiddenError,
+    Gate,
+    RateError,
+    UnknownModelError,
+)
 from offsite_ray.serving.registry import Key, Snapshot, Version, hash_of
 
 if TYPE_CHECKING:
@@ -65,7 +71,7 @@ def a_gate(base: str | None = BASE, clock: Callable[[], float] | None = None) ->
 @pytest.mark.parametrize("model", ["acme", "globex", "initech", BASE, "", "../acme"])
 def test_a_key_has_its_models_and_no_other_is_told_from_none(name: str, model: str) -> None:
     gate = a_gate()
-    key = gate.bearer(f"Bearer {name}")
+    key = gate.bearer(name)
     assert gate.models(key) == SEEN[name]
     if model in SEEN[name]:
         version = gate.version(key, model)
@@ -85,11 +91,11 @@ def test_the_full_model_is_nobodys_where_it_is_not_served() -> None:
 
 
 @pytest.mark.parametrize(
-    "header", [None, "", "Bearer", "Bearer nobody", "Basic of acme", "of acme", "Bearer  "]
+    "token", [None, "", "nobody", "Bearer of acme", " of acme", hash_of("of acme")]
 )
-def test_without_a_key_nothing_is_told(header: str | None) -> None:
+def test_without_a_key_nothing_is_told(token: str | None) -> None:
     with pytest.raises(DeniedError, match="Authorization: Bearer KEY"):
-        a_gate().bearer(header)
+        a_gate().bearer(token)
 
 
 def test_only_an_admin_changes_what_is_served() -> None:
@@ -97,7 +103,7 @@ def test_only_an_admin_changes_what_is_served() -> None:
     gate.admin(KEYS["of an admin"])
     for name, key in KEYS.items():
         if not key.admin:
-            with pytest.raises(DeniedError, match="admin"):
+            with pytest.raises(ForbiddenError, match="admin"):
                 gate.admin(KEYS[name])
 
 
@@ -105,17 +111,17 @@ def test_a_key_sends_so_many_requests_a_minute() -> None:
     clock = Clock()
     gate = a_gate(clock=clock)
     for _ in range(3):
-        gate.bearer("Bearer slow")
+        gate.bearer("slow")
     with pytest.raises(RateError) as caught:
-        gate.bearer("Bearer slow")
+        gate.bearer("slow")
     assert caught.value.retry_after_s == pytest.approx(20.0)
-    gate.bearer("Bearer of acme")  # another key is its own
+    gate.bearer("of acme")  # another key is its own
     clock.now += 20.0
-    gate.bearer("Bearer slow")
+    gate.bearer("slow")
     with pytest.raises(RateError):
-        gate.bearer("Bearer slow")
+        gate.bearer("slow")
     clock.now += 3600.0
     for _ in range(3):  # who has waited long has saved up a minute, and no more
-        gate.bearer("Bearer slow")
+        gate.bearer("slow")
     with pytest.raises(RateError):
-        gate.bearer("Bearer slow")
+        gate.bearer("slow")

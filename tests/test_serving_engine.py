@@ -11,8 +11,12 @@ import pytest
 import torch
 
 from offsite_ray.architectures import load_model, load_tokenizer
+from offsite_ray.emulator import open_full_model
 from offsite_ray.errors import BusyError, RequestError
 from offsite_ray.serving.engine import Engine, Limits
+from offsite_ray.serving.queue import FairQueue
+from offsite_ray.serving.requests import Request, Sampling
+from offsite_ray.serving.tenants import read_own
 from tests.served import Tenants, ask, generated, held, make_tenants, serve
 
 if TYPE_CHECKING:
@@ -135,10 +139,12 @@ def test_a_cancelled_request_frees_its_place_at_once(
         ((5, -1), {}, "not below 128"),
         (tuple(range(60)), {}, "shorten the prompt"),
         (PROMPT, {"n": 5}, "up to 4 are allowed"),
-        (PROMPT, {"temperature": -1.0}, "temperature is -1.0; it must be from 0 to 2"),
+        (PROMPT, {"temperature": -1.0}, "temperature is -1.0; it must be 0, or from"),
         (PROMPT, {"top_p": 0.0}, "top_p is 0.0"),
         (PROMPT, {"stop": ("",)}, "none of them empty"),
         (PROMPT, {"max_tokens": 0}, "at least 1"),
+        (PROMPT, {"seed": 2**64}, "seed is 18446744073709551616; it must be from 0"),
+        (PROMPT, {"temperature": 1e-40}, "0, or from 0.01 to 2"),
         (PROMPT, {"max_tokens": 9000}, "max_tokens takes 9000; up to"),
     ],
 )
@@ -160,9 +166,19 @@ def test_a_full_queue_refuses(served: tuple[Engine, dict[str, int]]) -> None:
     engine, numbers = served
     with held(engine):
         waiting = [ask(engine, numbers["full"], PROMPT, max_tokens=2) for _ in range(6)]
-        with pytest.raises(BusyError, match="6 requests wait already"):
+        with pytest.raises(BusyError, match="all places are taken"):
+            ask(engine, numbers["full"], PROMPT)
+        # Who has none there gets the last place of who has most; the second one no more.
+        others = [ask(engine, numbers[name], PROMPT, max_tokens=2) for name in ("lora", "base")]
+        with pytest.raises(BusyError, match="all places are taken"):
             ask(engine, numbers["lora"], PROMPT)
-    assert all(answer.done.wait(30) for answer in waiting)
+    assert all(answer.done.wait(30) for answer in (*waiting, *others))
+    assert [answer.finish() for answer in (*waiting, *others)] == [
+        *["length"] * 4, "busy", "busy", "length", "length"
+    ]  # fmt: skip
+    later = ask(engine, numbers["full"], PROMPT, max_tokens=2)
+    assert later.done.wait(30)
+    assert later.finish() == "length"
 
 
 def test_a_tenant_that_floods_keeps_nobody_waiting(
@@ -230,3 +246,93 @@ def wait_until(is_so: object, seconds: float = 30.0) -> None:
     while not is_so():  # type: ignore[operator]
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def test_rows_come_and_go_for_long(served: tuple[Engine, dict[str, int]]) -> None:
+    engine, numbers = served
+    wishes: list[dict[str, Any]] = [
+        {"n": 2, "temperature": 1.5, "seed": seed, "max_tokens": 50 + seed} for seed in range(6)
+    ]
+    alone = []
+    for wish in wishes:
+        answer = ask(engine, numbers["full"], PROMPT, ignore_eos=True, **wish)
+        assert answer.done.wait(30)
+        alone.append([answer.text(index) for index in range(2)])
+    # The first text of each ends before the second; the columns in use wander on all the time.
+    stops = [texts[0][34:38] for texts in alone]
+    crowd = [
+        ask(engine, numbers["full"], PROMPT, ignore_eos=True, stop=(stop,), **wish)
+        for stop, wish in zip(stops, wishes, strict=True)
+    ]
+    for answer, texts, stop in zip(crowd, alone, stops, strict=True):
+        assert answer.done.wait(60)
+        assert answer.finish() == "stop"
+        for index, text in enumerate(texts):
+            assert answer.text(index) == text.partition(stop)[0]
+
+
+def test_who_comes_back_has_saved_up_nothing() -> None:
+    queue = FairQueue()
+
+    def wish(tenant: int) -> Request:
+        sampling = Sampling(max_tokens=1)
+        return Request(id="", tenant=tenant, prompt=PROMPT, sampling=sampling, tell=lambda _: None)
+
+    for _ in range(100):  # the first is served alone for long
+        request = wish(1)
+        queue.put(request)
+        queue.take(request)
+        queue.served(1, 1000.0)
+    others = [wish(2) for _ in range(4)]
+    for request in others:  # the second comes while nobody waits
+        queue.put(request)
+    own = wish(1)
+    queue.put(own)
+    taken = []
+    while len(queue):
+        request = next(iter(queue.in_turn()))
+        queue.take(request)
+        queue.served(request.tenant, 1000.0)
+        taken.append(request.tenant)
+    assert taken.index(1) <= 2, taken
+
+
+def test_a_version_that_comes_back_while_it_is_on_its_way_out_stays(
+    tenants: Tenants, served: tuple[Engine, dict[str, int]]
+) -> None:
+    engine, numbers = served
+    number = numbers["full"]
+    whole = ask(engine, number, PROMPT, max_tokens=40, ignore_eos=True)
+    assert whole.done.wait(30)
+    running = ask(engine, number, PROMPT, max_tokens=40, ignore_eos=True)
+    engine.residency.remove(number, engine.do)
+    engine.residency.add(number, read_own(tenants.adapters["full"], open_full_model(tenants.full)))
+    again = ask(engine, number, PROMPT, max_tokens=40, ignore_eos=True)
+    assert running.done.wait(30)
+    assert again.done.wait(30)
+    assert running.tokens() == again.tokens() == whole.tokens()
+
+
+def test_tenants_have_no_more_room_than_is_allowed(tenants: Tenants) -> None:
+    full = open_full_model(tenants.full)
+    own = read_own(tenants.adapters["full"], full)
+    engine, _ = serve(tenants, max_tenant_bytes=2 * own.nbytes)
+    seen = 0
+    try:
+        many = range(100, 106)
+        for number in many:
+            engine.residency.add(number, own)
+
+        def look() -> None:
+            nonlocal seen
+            seen = max(seen, engine.residency.bytes_here)
+
+        answers = [
+            ask(engine, number, PROMPT, max_tokens=6, at_piece=look) for number in (*many, *many)
+        ]
+        assert all(answer.done.wait(60) for answer in answers)
+        assert len({tuple(answer.tokens()) for answer in answers}) == 1
+    finally:
+        engine.stop()
+    assert own.nbytes <= seen <= 2 * own.nbytes
+    assert engine.residency.num_evicted >= 4

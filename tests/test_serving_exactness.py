@@ -22,7 +22,9 @@ WITH_BIASES = ("gpt2", "opt", "bloom")
 def test_mixed_batches_are_exact(family: str, tmp_path: Path) -> None:
     methods = [m for m in METHODS if m != "bitfit" or family in WITH_BIASES]
     tenants = make_tenants(family, tmp_path, methods)
-    engine, numbers = serve(tenants, Limits(max_rows=6, cache_tokens=4096, prefill_tokens=16))
+    engine, numbers = serve(
+        tenants, Limits(max_rows=6, max_queue=64, cache_tokens=4096, prefill_tokens=16)
+    )
     with held(engine):
         answers = {
             (name, prompt): ask(engine, number, prompt, max_tokens=12, ignore_eos=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from offsite_ray.errors import RegistryError
+from offsite_ray.errors import ConfigError, MissingError, RegistryError, StorageError
 from offsite_ray.serving.registry import Registry, Version, hash_of
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def test_who_is_removed_takes_the_grants_along(tmp_path: Path) -> None:
     added(registry, "acme")  # another tenant, of the same name
     assert registry.snapshot().keys[hash_of(key)].models == frozenset()
     for nobody in (registry.roll_back, registry.remove):
-        with pytest.raises(RegistryError, match="no model 'nobody'"):
+        with pytest.raises(MissingError, match="no model 'nobody'"):
             nobody("nobody")
 
 
@@ -73,7 +73,7 @@ def test_who_is_removed_takes_the_grants_along(tmp_path: Path) -> None:
 def test_a_name_that_is_none_changes_nothing(tmp_path: Path, name: str) -> None:
     registry = Registry(tmp_path)
     before = registry.snapshot()
-    with pytest.raises(RegistryError, match="no name for a model"):
+    with pytest.raises(ConfigError, match="no name for a model"):
         added(registry, name)
     assert registry.snapshot() == before
 
@@ -81,7 +81,7 @@ def test_a_name_that_is_none_changes_nothing(tmp_path: Path, name: str) -> None:
 def test_a_version_that_cannot_be_stored_is_none(tmp_path: Path) -> None:
     registry = Registry(tmp_path)
     before = registry.snapshot()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(StorageError, match="cannot write"):
         registry.add("acme", tmp_path / "missing", id="i", method="full", size=1)
     assert registry.snapshot() == before
     registry.close()
@@ -98,5 +98,5 @@ def test_a_key_has_a_label_of_its_own_and_can_be_removed(tmp_path: Path) -> None
     assert first != registry.add_key("another")
     registry.remove_key("service")
     assert [key.label for key in registry.snapshot().keys.values()] == ["another"]
-    with pytest.raises(RegistryError, match="no key 'service'"):
+    with pytest.raises(MissingError, match="no key 'service'"):
         registry.remove_key("service")

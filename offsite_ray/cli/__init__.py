@@ -86,7 +86,10 @@ def _run(verb: Verb, words: list[str], *, own: bool) -> None:
     with stdout_reserved(for_good=own) as stdout, warnings.catch_warnings():
         if not _wants_traceback():
             warnings.simplefilter("ignore")
-        show(verb.run(request.config), stdout, as_json=request.json)
+        outcome = verb.run(request.config)
+        show(outcome, stdout, as_json=request.json)
+        if outcome.then is not None:
+            outcome.then()
 
 
 def _prepare_libraries() -> None:

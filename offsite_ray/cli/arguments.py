@@ -148,7 +148,7 @@ def _parser(verb: Verb) -> argparse.ArgumentParser:
     for field in fields.values():
         if field.name == POSITIONAL:
             continue
-        title = "required" if field.required else "training" if field.inherited else "optional"
+        title = "required" if field.required else field.shared or "optional"
         group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
         group.add_argument(field.flag, help=_help(field, fields), **_options(field))
     common = parser.add_argument_group("with every verb")

@@ -31,8 +31,8 @@ class Field:
     """Whether None is a value."""
     default: Any = dataclasses.MISSING
     help: str = ""
-    inherited: bool = False
-    """Whether the field is of a base class: a knob that several verbs share."""
+    shared: str = ""
+    """Of a field of a base class, which several verbs share: what these knobs are of."""
 
     @property
     def required(self) -> bool:
@@ -60,9 +60,14 @@ def fields_of(config: type) -> dict[str, Field]:
             optional=optional,
             default=field.default,
             help=texts.get(field.name, ""),
-            inherited=field.name not in config.__annotations__,
+            shared="" if field.name in config.__annotations__ else _shared(config),
         )
     return found
+
+
+def _shared(config: type) -> str:
+    """Return what the knobs of a base class are of, by its name: "training"."""
+    return config.__bases__[0].__name__.removesuffix("Config").lower()
 
 
 def _kind(hint: Any) -> tuple[type, tuple[str, ...], bool]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from offsite_ray.results import bytes_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import TextIO
 
     from rich.console import RenderableType
@@ -33,6 +33,8 @@ class Outcome:
     """What ``--json`` prints."""
     table: RenderableType | None = None
     """What stands in for the summary of ``plain``, if anything."""
+    then: Callable[[], None] | None = None
+    """What is still to be done once it is printed: a server goes on until it is told to end."""
 
 
 @contextlib.contextmanager

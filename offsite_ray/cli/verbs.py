@@ -132,6 +132,12 @@ def _sweep(config: configs.SweepConfig) -> Outcome:
     return Outcome(plain=to_plain(result))
 
 
+def _serve(config: configs.ServeConfig) -> Outcome:
+    from offsite_ray.cli.serving import serve
+
+    return serve(config, tell)
+
+
 def _estimate(config: configs.EstimateConfig) -> Outcome:
     from offsite_ray.estimate import estimate, estimate_tables
 
@@ -210,6 +216,12 @@ VERBS: dict[str, Verb] = {
             configs.SweepConfig,
             "try many emulators beside their controls, on Ray Tune",
             _sweep,
+        ),
+        Verb(
+            "serve",
+            configs.ServeConfig,
+            "serve plugged-in models to OpenAI clients, on Ray Serve",
+            _serve,
         ),
         Verb(
             "estimate",

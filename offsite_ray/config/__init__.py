@@ -15,6 +15,7 @@ from offsite_ray.config.artefacts import (
     VerifyConfig,
 )
 from offsite_ray.config.measuring import EstimateConfig, EvaluateConfig
+from offsite_ray.config.serving import ApplicationConfig, ServeConfig, check_model_name
 from offsite_ray.config.sweeping import OBJECTIVES, SweepConfig
 from offsite_ray.config.training import (
     OFFLOAD_STAGES,
@@ -28,6 +29,7 @@ from offsite_ray.config.training import (
 __all__ = [
     "OBJECTIVES",
     "OFFLOAD_STAGES",
+    "ApplicationConfig",
     "CompressConfig",
     "ComputeDtype",
     "DemoConfig",
@@ -39,8 +41,10 @@ __all__ = [
     "Offload",
     "PlugInConfig",
     "PrepareConfig",
+    "ServeConfig",
     "SweepConfig",
     "TrainingConfig",
     "UnpackConfig",
     "VerifyConfig",
+    "check_model_name",
 ]

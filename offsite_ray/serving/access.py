@@ -22,7 +22,11 @@ _MINUTE = 60.0
 
 
 class DeniedError(OffsiteError):
-    """No key, an unknown one, or one that may not do that."""
+    """No key, or an unknown one."""
+
+
+class ForbiddenError(OffsiteError):
+    """A key that may not do that."""
 
 
 class UnknownModelError(OffsiteError):
@@ -67,16 +71,15 @@ class Gate:
     clock: Callable[[], float] = time.monotonic
     _buckets: dict[str, Bucket] = field(default_factory=dict)
 
-    def bearer(self, authorization: str | None) -> Key:
-        """Return what the bearer of a header may do.
+    def bearer(self, token: str | None) -> Key:
+        """Return what the bearer of a key may do.
 
         Raises:
-            DeniedError: It names no key that there is.
+            DeniedError: There is no such key.
             RateError: The key has sent too much.
         """
-        scheme, _, token = (authorization or "").partition(" ")
-        digest = hash_of(token.strip())
-        key = self.snapshot.keys.get(digest) if scheme.lower() == "bearer" else None
+        digest = hash_of(token or "")
+        key = self.snapshot.keys.get(digest)
         if key is None:
             raise DeniedError("give a valid key as 'Authorization: Bearer KEY'")
         if key.per_minute is not None:
@@ -99,9 +102,9 @@ class Gate:
         return self.snapshot.tenants.get(model)
 
     def admin(self, key: Key) -> None:
-        """Refuse who may not change what is served; raise :class:`DeniedError`."""
+        """Refuse who may not change what is served; raise :class:`ForbiddenError`."""
         if not key.admin:
-            raise DeniedError("this takes an admin's key")
+            raise ForbiddenError("this takes an admin's key")
 
     def _sees_base(self, key: Key) -> bool:
         return key.admin or self.base in key.models

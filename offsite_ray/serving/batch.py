@@ -7,11 +7,11 @@ Nothing here knows of threads or of who waits; the engine's thread owns it.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from offsite_ray.serving.requests import Piece
-from offsite_ray.serving.sampling import Sampler
+from offsite_ray.serving.sampling import Sampler, explain
 from offsite_ray.serving.text import GrowingText
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from offsite_ray.serving.cache import WindowCache
     from offsite_ray.serving.model import BatchModel
-    from offsite_ray.serving.requests import FinishReason, Request
+    from offsite_ray.serving.requests import FinishReason, Request, TokenLogprob
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,6 +60,8 @@ class _Prefill:
     cache: WindowCache
     done: int = 0
     """Tokens of the prompt that are computed already, of one by itself."""
+    explained: dict[Request, list[TokenLogprob]] = field(default_factory=dict)
+    """Log-probabilities of the prompt's tokens, of requests that want them."""
 
 
 class Batch:
@@ -97,19 +99,21 @@ class Batch:
     @property
     def requests(self) -> list[Request]:
         """Everybody whose texts are here, each once."""
-        prefilled = [request for prefill in self._prefills for request in prefill.requests]
+        ahead = tuple(self._prefills)
+        prefilled = [request for prefill in ahead for request in prefill.requests]
         return list(dict.fromkeys([*(row.request for row in self._rows), *prefilled]))
 
     @property
     def num_rows(self) -> int:
         """Texts that are written, or will be as soon as their prompt is computed."""
-        ahead = (r.sampling.n for prefill in self._prefills for r in prefill.requests)
+        # A copy, since others ask than the engine's thread.
+        ahead = (r.sampling.n for prefill in tuple(self._prefills) for r in prefill.requests)
         return len(self._rows) + sum(ahead)
 
     @property
-    def cache_bytes(self) -> int:
-        """Bytes of the keys and values of the texts that are written."""
-        return self._cache.nbytes
+    def cache_tokens(self) -> int:
+        """Tokens whose keys and values are held for the texts that are written, with padding."""
+        return self._cache.num_rows * self._cache.window.width
 
     def add(self, request: Request) -> None:
         """Take a request in: beside others that fit into one forward, or by itself."""
@@ -141,28 +145,36 @@ class Batch:
         prefill, size = self._prefills[0], self._prefill_tokens
         tokens = [r.prompt[prefill.done : prefill.done + size] for r in prefill.requests]
         tenants = [request.tenant for request in prefill.requests]
-        logits = self._model.forward(tokens, tenants, prefill.cache)
+        every = any(request.explains_prompt for request in prefill.requests)
+        logits = self._model.forward(tokens, tenants, prefill.cache, every=every)
+        if every:
+            _explain(prefill, tokens, logits)
         self.counts.prompt_tokens += sum(map(len, tokens))
         prefill.done += len(tokens[0])
         if prefill.done < len(prefill.requests[0].prompt):
             return
-        self._prefills.popleft()
+        for request, explained in prefill.explained.items():
+            for index in range(request.sampling.n):
+                request.told(Piece(index=index, text="", prompt_logprobs=tuple(explained)))
         joining = [
             (source, row)
             for source, request in enumerate(prefill.requests)
             for row in self._new_rows(request)
-            if not self._take(row, logits[source])
+            if not self._take(row, logits[source, -1])
         ]
         if joining:
             self._cache.join(prefill.cache, [source for source, _ in joining])
             self._rows += [row for _, row in joining]
+        # Only now: whatever fails before, everybody is still known here, and told.
+        self._prefills.popleft()
 
     def decode(self) -> None:
         """Compute the next token of every row; those at their end leave."""
         if not self._rows:
             return
         tenants = [row.request.tenant for row in self._rows]
-        logits = self._model.forward([(row.last,) for row in self._rows], tenants, self._cache)
+        new = [(row.last,) for row in self._rows]
+        logits = self._model.forward(new, tenants, self._cache)[:, -1]
         self.counts.steps += 1
         self.counts.rows += len(self._rows)
         likeliest = logits.argmax(-1).tolist()
@@ -180,7 +192,7 @@ class Batch:
                 request=request,
                 index=index,
                 sampler=Sampler(sampling, index, self._model.device),
-                text=GrowingText(self._tokenizer, sampling.stop),
+                text=GrowingText(self._tokenizer, sampling.stop, request.prompt),
             )
             for index in range(sampling.n)
         ]
@@ -200,7 +212,12 @@ class Batch:
         """
         sampler, sampling = row.sampler, row.request.sampling
         known = likeliest is not None and sampler.greedy
-        row.last = likeliest if known and likeliest is not None else sampler.choose(logits)
+        try:
+            row.last = likeliest if known and likeliest is not None else sampler.choose(logits)
+        except RuntimeError as error:  # the logits are no numbers: nobody else's matter
+            row.request.told(Piece(index=row.index, text="", finish="error", error=str(error)))
+            self._end_text(row.request)
+            return True
         row.num_tokens += 1
         row.request.num_tokens += 1
         self.counts.answer_tokens += 1
@@ -232,3 +249,20 @@ class Batch:
         request.unfinished -= 1
         if not request.unfinished:
             self._ended(request)
+
+
+def _explain(prefill: _Prefill, tokens: Sequence[Sequence[int]], logits: Tensor) -> None:
+    """Note how likely the prompts' tokens were, of those requests that want to know.
+
+    Args:
+        prefill: The prompts.
+        tokens: The part of each that was computed, all of which end together.
+        logits: ``(B, T, V)``, behind each token.
+    """
+    for place, request in enumerate(prefill.requests):
+        if request.explains_prompt:
+            ahead = request.prompt[prefill.done + 1 : prefill.done + 1 + len(tokens[place])]
+            start = logits.shape[1] - len(tokens[place])
+            behind = logits[place, start : start + len(ahead)]
+            found = explain(behind, ahead, request.sampling.logprobs or 0)
+            prefill.explained.setdefault(request, []).extend(found)

@@ -15,6 +15,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from offsite_ray.errors import BusyError, RequestError
 from offsite_ray.serving.batch import Batch, Counts
 from offsite_ray.serving.queue import ANSWER_COST, PROMPT_COST, FairQueue
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
+_BUSY = "all places are taken; ask again in a moment"
+_MAX_FAILED_STEPS = 3
+"""In a row, after which it is the engine that is broken, not a request."""
+_PAUSE_S = 0.005
 _IDLE_S = 1.0
 """How often a thread without work says that it lives."""
 
@@ -43,8 +49,9 @@ class Limits:
     """Texts that are decoded at a time."""
     cache_tokens: int = 16 * 1024
     """Keys and values are held for so many tokens: rows times the longest of them."""
-    max_queue: int = 128
-    """Requests that may wait."""
+    max_queue: int = 8
+    """Requests that may wait. Where all places are taken, a tenant of which none waits gets that of
+    the tenant of which most do."""
     max_prompt: int = 4096
     """Tokens of a prompt."""
     max_output: int = 2048
@@ -93,6 +100,7 @@ class Engine:
         self._stopping = self._draining = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._beat = time.monotonic()
+        self._failed_steps = 0
 
     def start(self) -> None:
         """Begin to work."""
@@ -112,13 +120,23 @@ class Engine:
         self._thread.join()
 
     def is_healthy(self, patience_s: float = 60.0) -> bool:
-        """Return whether the thread is at work, or has none to do."""
-        return self._thread.is_alive() and time.monotonic() - self._beat < patience_s
+        """Return whether the thread is at work, or has none to do.
+
+        Args:
+            patience_s: The longest that a step may take.
+        """
+        alive = self._thread.is_alive() and time.monotonic() - self._beat < patience_s
+        return alive and self._failed_steps < _MAX_FAILED_STEPS
 
     @property
     def counts(self) -> Counts:
         """What was done since the start."""
         return self._batch.counts
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens whose keys and values are held."""
+        return self._batch.cache_tokens
 
     @property
     def num_running(self) -> int:
@@ -138,15 +156,20 @@ class Engine:
             BusyError: Too many wait already.
         """
         check(request, self.bounds, self.limits)
-        request.arrived = time.monotonic()
         request.unfinished = request.sampling.n
         with self._changed:
             if self._draining:
                 raise BusyError("the service is about to end; ask again")
+            displaced = None
             if len(self._queue) >= self.limits.max_queue:
-                raise BusyError(f"{len(self._queue)} requests wait already; ask again in a moment")
+                displaced = self._queue.displaced_by(request.tenant)
+                if displaced is None:
+                    raise BusyError(_BUSY)
             self.residency.hold(request.tenant)
             self._queue.put(request)
+            if displaced is not None:
+                self._queue.take(displaced)
+                self._commands.append(lambda: self._turn_away(displaced))
             self._changed.notify_all()
 
     def cancel(self, request: Request) -> None:
@@ -161,13 +184,20 @@ class Engine:
             self._commands.append(command)
             self._changed.notify_all()
 
+    # All of it: what the cache holds was made in this mode, and is changed in it alone.
+    @torch.inference_mode()
     def _run(self) -> None:
         while not self._stopping:
             with self._changed:
                 self._changed.wait_for(self._has_work, timeout=_IDLE_S)
             self._beat = time.monotonic()
             self._step()
-        self._fail([*self._batch.requests, *self._queue], "the service has ended")
+            with self._changed:
+                if len(self._queue) and not self._batch.num_rows:
+                    # Somebody waits for a tenant on its way, and nobody else is served.
+                    self._changed.wait(_PAUSE_S)
+        left = [request for request in self._batch.requests if request.unfinished]
+        self._fail([*left, *self._queue], "the service has ended")
 
     def _has_work(self) -> bool:
         return bool(
@@ -177,7 +207,7 @@ class Engine:
     def _may_be_let_in(self) -> bool:
         """Return whether somebody waits who does not wait for a tenant on its way."""
         return any(
-            request.cancelled or not self.residency.is_coming(request.tenant)
+            request.cancelled or self.residency.may_be_here(request.tenant)
             for request in self._queue.in_turn()
         )
 
@@ -186,16 +216,21 @@ class Engine:
         with self._changed:
             commands, self._commands = self._commands, deque()
         for command in commands:
-            command()
+            try:
+                command()
+            except Exception:
+                _LOG.exception("something that the engine was told to do failed")
         try:
             self._batch.drop_cancelled()
             self._let_in()
             self._batch.prefill()
             self._batch.decode()
+            self._failed_steps = 0
         except Exception:
             # Whatever it was, the thread goes on: those whose rows were computed are told.
             _LOG.exception("a step of the engine failed")
-            requests = self._batch.requests
+            self._failed_steps += 1
+            requests = [request for request in self._batch.requests if request.unfinished]
             self._batch.clear()
             self._fail(requests, "the model failed; ask again")
         with self._changed:
@@ -207,6 +242,10 @@ class Engine:
             for gone in [request for request in self._queue if request.cancelled]:
                 self._queue.take(gone)
                 self.residency.release(gone.tenant)
+            lost = [r for r in self._queue if self.residency.trouble(r.tenant) is not None]
+            for one in lost:
+                self._queue.take(one)
+            self._fail(lost, "the model could not be brought into memory; ask again")
             longest = max(map(_most_tokens, self._batch.requests), default=0)
             while (request := self._next()) is not None:
                 rows = self._batch.num_rows + request.sampling.n
@@ -214,17 +253,31 @@ class Engine:
                 if rows > self.limits.max_rows or rows * longest > self.limits.cache_tokens:
                     return
                 self._queue.take(request)
+                self.residency.begin(request.tenant)
+                request.begun = True
                 answer = request.sampling.n * request.sampling.max_tokens
                 cost = PROMPT_COST * len(request.prompt) + ANSWER_COST * answer
                 self._queue.served(request.tenant, cost)
                 self._batch.add(request)
 
     def _next(self) -> Request | None:
-        """Return whose turn it is, of those whose tenant is in the model."""
+        """Return whose turn it is, of those whose tenant is in the model.
+
+        Who waits for room in it keeps back those behind, or they might never leave any.
+        """
         for request in self._queue.in_turn():
-            if self.residency.is_here(request.tenant, self.do):
+            where = self.residency.where(request.tenant, self.do)
+            if where == "here":
                 return request
+            if where == "full":
+                return None
         return None
+
+    def _turn_away(self, request: Request) -> None:
+        """Tell a request that its place is somebody else's now."""
+        self.residency.release(request.tenant)
+        for index in range(request.sampling.n):
+            request.told(Piece(index=index, text="", finish="busy", error=_BUSY))
 
     def _fail(self, requests: Iterable[Request], why: str) -> None:
         for request in requests:
@@ -236,9 +289,10 @@ class Engine:
     def _ended(self, request: Request) -> None:
         """Count a request as answered; what it was let in for and did not take is given back."""
         with self._changed:
-            unused = request.sampling.n * request.sampling.max_tokens - request.num_tokens
-            self._queue.served(request.tenant, -ANSWER_COST * unused)
-        self.residency.release(request.tenant)
+            if request.begun:
+                unused = request.sampling.n * request.sampling.max_tokens - request.num_tokens
+                self._queue.served(request.tenant, -ANSWER_COST * unused)
+        self.residency.release(request.tenant, begun=request.begun)
 
 
 def check(request: Request, bounds: Bounds, limits: Limits) -> None:

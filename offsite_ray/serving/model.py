@@ -50,14 +50,21 @@ class BatchModel:
 
     @torch.inference_mode()
     def forward(
-        self, tokens: Sequence[Sequence[int]], tenants: Sequence[int], cache: WindowCache
+        self,
+        tokens: Sequence[Sequence[int]],
+        tenants: Sequence[int],
+        cache: WindowCache,
+        *,
+        every: bool = False,
     ) -> Tensor:
-        """Return the logits behind the last token of each row, ``(B, V)`` in float32.
+        """Return the logits behind the last token of each row, ``(B, 1, V)`` in float32.
 
         Args:
             tokens: New tokens of each row of the cache; shorter rows must be empty in the cache.
             tenants: Number of the tenant of each row.
             cache: What came before; the new tokens are in it afterwards.
+            every: Return them behind every new token, ``(B, T, V)``; shorter rows end together
+                with the longest.
         """
         width = max(map(len, tokens))
         padding = [width - len(row) for row in tokens]
@@ -67,11 +74,11 @@ class BatchModel:
             "attention_mask": cache.mask(width, padding).to(self.device),
             "past_key_values": cache,
             "use_cache": True,
-            **self._last_only,
+            **({} if every else self._last_only),
         }
         if self._takes_positions:
             given["position_ids"] = cache.positions(width, padding).to(self.device)
         self.router.expect(tenants)
-        logits: Tensor = self._model(**given).logits[:, -1]
+        logits: Tensor = self._model(**given).logits
         cache.advance(width, padding)
-        return logits.float()
+        return (logits if every else logits[:, -1:]).float()

@@ -11,9 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from offsite_ray.errors import RequestError
 from offsite_ray.serving.requests import Sampling
 
 Stop = str | list[str] | None
+Token = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class _Asked(BaseModel):
@@ -21,7 +23,7 @@ class _Asked(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str
+    model: Annotated[str, Field(max_length=200)]
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     temperature: Annotated[float | None, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float | None, Field(gt=0, le=1)] = 1.0
@@ -33,27 +35,23 @@ class _Asked(BaseModel):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: Literal[False, None] = None
     frequency_penalty: Literal[0, None] = None
     presence_penalty: Literal[0, None] = None
     logit_bias: dict[str, Literal[0]] | None = None
 
-    def sampling(self, *, max_tokens: int, logprobs: int | None) -> Sampling:
-        """Return how tokens are chosen.
-
-        Args:
-            max_tokens: Where the client names no number.
-            logprobs: How many likely tokens to name.
-        """
+    def _sampling(self, max_tokens: int, **given: Any) -> Sampling:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return Sampling(
-            max_tokens=self.max_tokens or max_tokens,
+            max_tokens=max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=self.top_k,
             seed=self.seed,
             stop=tuple(stop),
-            logprobs=logprobs,
             n=self.n or 1,
+            **given,
         )
 
 
@@ -68,11 +66,24 @@ class StreamOptions(BaseModel):
 class CompletionRequest(_Asked):
     """``POST /v1/completions``."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str] | list[Token] | list[list[Token]]
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     echo: bool | None = False
     suffix: Literal["", None] = None
-    best_of: int | None = None
+    best_of: Literal[1, None] = None
+
+    def sampling(self) -> Sampling:
+        """Return how tokens are chosen; 16 of them where the client names no number."""
+        return self._sampling(self.max_tokens or 16, logprobs=self.logprobs, echo=bool(self.echo))
+
+
+class Part(BaseModel):
+    """A piece of what somebody says."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+    text: str
 
 
 class Message(BaseModel):
@@ -80,18 +91,35 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    role: Literal["system", "user", "assistant"]
-    content: str
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
     name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """Return it as chat templates read it."""
+        parts = self.content
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class ChatRequest(_Asked):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+
+    def sampling(self, room: int) -> Sampling:
+        """Return how tokens are chosen.
+
+        Args:
+            room: Tokens of an answer where the client names no number.
+        """
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
+        wanted = self.max_completion_tokens or self.max_tokens or room
+        return self._sampling(wanted, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
 
 
 class Usage(BaseModel):

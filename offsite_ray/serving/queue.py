@@ -2,9 +2,10 @@
 """Who is served next: the tenant that was served least, of those that wait (fair queueing).
 
 Each tenant has a counter of what it was given; a prompt's token counts 1 and a token of the answer
-2, which costs more. Who comes back after a pause starts at the lowest counter of those who wait, so
-that nobody saves up. This is the virtual token counter of Sheng et al., arXiv 2401.00588,
-algorithm 2: the service of two tenants that both wait differs by a bound, however much they send.
+2, which costs more. Who comes back after a pause starts at the lowest counter of those who wait
+(where nobody waits, at that of the last who did), so that nobody saves up. This is the virtual
+token counter of Sheng et al., arXiv 2401.00588, algorithm 2: the service of two tenants that both
+wait differs by a bound, however much they send.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class FairQueue:
         """Hold none."""
         self._waiting: dict[int, deque[Request]] = {}
         self._served: dict[int, float] = {}
+        self._last_left = 0.0
+        """Counter of the tenant that was the last to have nothing waiting."""
 
     def __len__(self) -> int:
         """Return the number of requests that wait."""
@@ -38,10 +41,17 @@ class FairQueue:
         for requests in self._waiting.values():
             yield from requests
 
+    def displaced_by(self, tenant: int) -> Request | None:
+        """Return whose place somebody gets of whom none waits; None where nobody has two."""
+        if tenant in self._waiting or not self._waiting:
+            return None
+        most = max(self._waiting.values(), key=len)
+        return most[-1] if len(most) > 1 else None
+
     def put(self, request: Request) -> None:
         """Have a request wait."""
         if request.tenant not in self._waiting:
-            lowest = min((self._served[t] for t in self._waiting), default=0.0)
+            lowest = min((self._served[t] for t in self._waiting), default=self._last_left)
             self._served[request.tenant] = max(self._served.get(request.tenant, 0.0), lowest)
             self._waiting[request.tenant] = deque()
         self._waiting[request.tenant].append(request)
@@ -57,6 +67,7 @@ class FairQueue:
         requests.remove(request)
         if not requests:
             del self._waiting[request.tenant]
+            self._last_left = self._served[request.tenant]
 
     def served(self, tenant: int, cost: float) -> None:
         """Count what a tenant was given."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import re
 import secrets
 import shutil
 import sqlite3
@@ -19,13 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offsite_ray.bundle.manifest import now
-from offsite_ray.errors import RegistryError
+from offsite_ray.config import check_model_name
+from offsite_ray.errors import MissingError, RegistryError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
-
-NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}")
-"""What a tenant may be called: it is the model id of clients, and the name of a directory."""
 
 _SCHEMA = """
 create table if not exists revision (number integer not null);
@@ -40,10 +37,14 @@ create table if not exists keys (
     hash text primary key, label text not null unique, admin integer not null,
     per_minute integer, added text not null
 );
+create table if not exists seeds (tenant text not null, id text not null,
+    primary key (tenant, id));
 create table if not exists grants (hash text not null, tenant text not null,
     primary key (hash, tenant));
 """
 
+_MAX_VERSIONS = 8
+"""Of a tenant that are kept to roll back to."""
 _KEY_BYTES = 32
 """Random bytes of a key: so many that a fast hash of it is as good as a slow one."""
 
@@ -125,24 +126,42 @@ class Registry:
             size: Its bytes.
 
         Raises:
-            RegistryError: The name is none.
+            ConfigError: The name is none.
+            StorageError: The disk is full.
         """
-        if not NAME.fullmatch(tenant):
-            raise RegistryError(
-                f"{tenant!r} is no name for a model: letters, digits, '.', '_' and '-', up to 63"
-            )
+        check_model_name(tenant)
         with self._changing():
             number = self._db.execute(
                 "insert into versions (tenant, id, method, bytes, added) values (?, ?, ?, ?, ?)",
                 (tenant, id, method, size, now()),
             ).lastrowid
+            # A change that failed in its last moment leaves its number to the next one.
+            shutil.rmtree(self.bundles / f"{number}", ignore_errors=True)
             bundle.rename(self.bundles / f"{number}")
             self._db.execute(
                 "insert into tenants (name, current) values (?, ?) "
                 "on conflict (name) do update set current = excluded.current",
                 (tenant, number),
             )
+            self._db.execute(
+                "delete from versions where tenant = ? and number not in (select number from "
+                "versions where tenant = ? order by number desc limit ?)",
+                (tenant, tenant, _MAX_VERSIONS),
+            )
         return self._version(int(number or 0))
+
+    def was_seeded(self, tenant: str, id: str) -> bool:
+        """Return whether an adapter bundle of the configuration has been taken in before."""
+        with self._lock:
+            row = self._db.execute(
+                "select 1 from seeds where tenant = ? and id = ?", (tenant, id)
+            ).fetchone()
+        return row is not None
+
+    def seeded(self, tenant: str, id: str) -> None:
+        """Note that an adapter bundle of the configuration has been taken in."""
+        with self._changing():
+            self._db.execute("insert or ignore into seeds values (?, ?)", (tenant, id))
 
     def roll_back(self, tenant: str) -> Version:
         """Make the version before the current one the current one; the later one is forgotten.
@@ -163,7 +182,7 @@ class Registry:
         return self._version(before)
 
     def remove(self, tenant: str) -> None:
-        """Forget a tenant, its versions and who may use them; RegistryError where there is none."""
+        """Forget a tenant, its versions and who may use them; MissingError where there is none."""
         with self._changing():
             self._current(tenant)
             for table, column in (
@@ -194,6 +213,7 @@ class Registry:
         models: Iterable[str] = (),
         admin: bool = False,
         per_minute: int | None = None,
+        key: str | None = None,
     ) -> str:
         """Make a key and return it; it is not kept, and cannot be had again.
 
@@ -202,11 +222,12 @@ class Registry:
             models: Tenants whose models it may use.
             admin: Whether it may change what is served, and use all.
             per_minute: Requests in a minute.
+            key: Somebody's choice, instead of a new one by chance.
 
         Raises:
             RegistryError: There is one of that label.
         """
-        key = "sk-" + secrets.token_urlsafe(_KEY_BYTES)
+        key = key or "sk-" + secrets.token_urlsafe(_KEY_BYTES)
         with self._changing():
             if self._db.execute("select 1 from keys where label = ?", (label,)).fetchone():
                 raise RegistryError(f"there is a key {label!r} already; remove it first")
@@ -220,12 +241,23 @@ class Registry:
             )
         return key
 
-    def remove_key(self, label: str) -> None:
-        """Forget a key; RegistryError where there is none of that label."""
+    def grant(self, label: str, models: Iterable[str]) -> None:
+        """Have a key use these models and no others; MissingError where there is none."""
         with self._changing():
             row = self._db.execute("select hash from keys where label = ?", (label,)).fetchone()
             if row is None:
-                raise RegistryError(f"there is no key {label!r}")
+                raise MissingError(f"there is no key {label!r}")
+            self._db.execute("delete from grants where hash = ?", row)
+            self._db.executemany(
+                "insert or ignore into grants values (?, ?)", [(*row, model) for model in models]
+            )
+
+    def remove_key(self, label: str) -> None:
+        """Forget a key; MissingError where there is none of that label."""
+        with self._changing():
+            row = self._db.execute("select hash from keys where label = ?", (label,)).fetchone()
+            if row is None:
+                raise MissingError(f"there is no key {label!r}")
             self._db.execute("delete from keys where hash = ?", row)
             self._db.execute("delete from grants where hash = ?", row)
 
@@ -260,14 +292,19 @@ class Registry:
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
         """Change everything that is changed below, or nothing; and the revision."""
-        with self._lock, self._db:
-            yield
-            self._db.execute("update revision set number = number + 1")
+        with self._lock:
+            try:
+                with self._db:
+                    yield
+                    self._db.execute("update revision set number = number + 1")
+            except (sqlite3.Error, OSError) as error:
+                raise StorageError(f"cannot write to {self.root}: {error}") from error
+            self._sweep_bundles()
 
     def _current(self, tenant: str) -> int:
         row = self._db.execute("select current from tenants where name = ?", (tenant,)).fetchone()
         if row is None:
-            raise RegistryError(f"there is no model {tenant!r}")
+            raise MissingError(f"there is no model {tenant!r}")
         return int(row[0])
 
     def _version(self, number: int) -> Version:

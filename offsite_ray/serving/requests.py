@@ -11,8 +11,8 @@ from offsite_ray.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
-"""A stop string or the end of the text; ``max_tokens``; somebody's wish; the engine's failure."""
+FinishReason = Literal["stop", "length", "busy", "error"]
+"""A stop string or the end of the text; ``max_tokens``; no place after all; a failed engine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +33,8 @@ class Sampling:
     n: int = 1
     """Texts for the same prompt."""
     ignore_eos: bool = False
+    echo: bool = False
+    """Whether ``logprobs`` are wanted of the prompt's tokens too."""
 
     def __post_init__(self) -> None:
         """Raise :class:`RequestError` for what cannot be."""
@@ -47,7 +49,8 @@ class Sampling:
 _MAX_STOPS = 4
 _BOUNDS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("max_tokens", lambda value: value >= 1, "at least 1"),
-    ("temperature", lambda value: 0 <= value <= 2, "from 0 to 2"),
+    ("temperature", lambda value: value == 0 or 0.01 <= value <= 2, "0, or from 0.01 to 2"),
+    ("seed", lambda value: 0 <= value < 2**63, "from 0 to 2**63 - 1"),
     ("top_p", lambda value: 0 < value <= 1, "above 0, up to 1"),
     ("top_k", lambda value: value >= 0, "0 or more"),
     ("logprobs", lambda value: 0 <= value <= 20, "from 0 to 20"),
@@ -74,6 +77,8 @@ class Piece:
     text: str
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the prompt's tokens but the first, where asked for; in the first piece of each text."""
     finish: FinishReason | None = None
     """Set in the last piece of a text."""
     error: str | None = None
@@ -90,12 +95,18 @@ class Request:
     sampling: Sampling
     tell: Callable[[Piece], None]
     """Called from the engine's thread; must return at once."""
-    arrived: float = 0.0
     cancelled: bool = False
+    begun: bool = False
+    """Whether it was let in."""
     unfinished: int = field(default=0)
     """Of its texts, those that are not at their end."""
     num_tokens: int = 0
     """Of all its texts together, so far."""
+
+    @property
+    def explains_prompt(self) -> bool:
+        """Whether the log-probabilities of the prompt's tokens are wanted."""
+        return self.sampling.echo and self.sampling.logprobs is not None
 
     def told(self, piece: Piece) -> None:
         """Tell of a piece, unless nobody waits for it any more."""

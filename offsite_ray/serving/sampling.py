@@ -16,6 +16,8 @@ from transformers.generation.logits_process import (
 from offsite_ray.serving.requests import Sampling, TokenLogprob
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 
@@ -61,9 +63,23 @@ class Sampler:
 
     def explain(self, logits: Tensor, token: int) -> TokenLogprob | None:
         """Return the model's own log-probabilities, before temperature; None if not asked for."""
-        if self._num_top is None:
-            return None
-        logprobs = torch.log_softmax(logits, dim=-1)
-        top = logprobs.topk(self._num_top)
-        named = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-        return TokenLogprob(token=token, logprob=float(logprobs[token]), top=named)
+        return None if self._num_top is None else explain(logits[None], [token], self._num_top)[0]
+
+
+def explain(logits: Tensor, tokens: Sequence[int], num_top: int) -> list[TokenLogprob]:
+    """Return how likely each of some tokens was, and what was likeliest in its place.
+
+    Args:
+        logits: ``(T, V)``, before each token.
+        tokens: ``T`` of them.
+        num_top: How many of the likeliest to name.
+    """
+    logprobs = torch.log_softmax(logits, dim=-1)
+    top = logprobs.topk(num_top)
+    chosen = logprobs[range(len(tokens)), list(tokens)].tolist()
+    return [
+        TokenLogprob(token=token, logprob=own, top=dict(zip(indices, values, strict=True)))
+        for token, own, indices, values in zip(
+            tokens, chosen, top.indices.tolist(), top.values.tolist(), strict=True
+        )
+    ]

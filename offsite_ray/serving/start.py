@@ -14,7 +14,7 @@ from offsite_ray.serving.model import BatchModel
 from offsite_ray.serving.residency import Residency
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from offsite_ray.emulator import FullModel
 
@@ -51,7 +51,7 @@ def start_engine(
         Residency(model.router, max_tenant_bytes),
         Bounds(
             vocab_size=full.config.vocab_size,
-            max_positions=max_positions(loaded),
+            max_positions=max_positions(full.config),
             end_tokens=frozenset(end_tokens(loaded)),
         ),
         limits,
@@ -78,7 +78,7 @@ def check_batches(loaded: PreTrainedModel, model: BatchModel) -> None:
     model.forward([row[-2:-1] for row in rows[:2]], (0, 0), cache)
     model.forward([rows[2][:-1]], (0,), late)
     cache.join(late, [0])
-    batched = model.forward([row[-1:] for row in rows], (0, 0, 0), cache)
+    batched = model.forward([row[-1:] for row in rows], (0, 0, 0), cache)[:, -1]
     slip = (batched - alone.float()).abs().max() / alone.float().std()
     if not slip < _SLIP * (1 if model.dtype == torch.float32 else 100):
         raise FamilyError(
@@ -87,9 +87,9 @@ def check_batches(loaded: PreTrainedModel, model: BatchModel) -> None:
         )
 
 
-def max_positions(loaded: PreTrainedModel) -> int:
+def max_positions(config: PretrainedConfig) -> int:
     """Return how many tokens a text may have; a large number where the model sets no limit."""
-    found = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
     return 2**31 if found is None else int(found)
 
 

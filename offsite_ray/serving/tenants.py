@@ -35,7 +35,11 @@ def read_own(directory: str | Path, full: FullModel) -> Own:
     Raises:
         BundleError: It is no adapter bundle, was altered, or does not fit the model.
     """
-    adapter = open_adapter(directory)
+    return own_of(open_adapter(directory), full)
+
+
+def own_of(adapter: AdapterBundle, full: FullModel) -> Own:
+    """Return what a verified adapter bundle has of its own; see :func:`read_own`."""
     check_fits(adapter.path, adapter.manifest, full, full.weights.files, from_memory=True)
     host = host_of_full_model(full, adapter.plan)
     if adapter.method not in _READERS:
@@ -57,7 +61,9 @@ def _parameters(adapter: AdapterBundle, host: Host) -> dict[str, dict[str, Tenso
 
 
 def _full(adapter: AdapterBundle, host: Host) -> Own:
-    return Own(weights=_parameters(adapter, host))
+    found = _parameters(adapter, host)
+    # Cloned: what is mapped holds the file, which may be a copy that is about to go.
+    return Own(weights={name: {p: t.clone() for p, t in m.items()} for name, m in found.items()})
 
 
 def _bitfit(adapter: AdapterBundle, host: Host) -> Own:

@@ -14,6 +14,10 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What bytes decode to that are not yet a whole character."""
 
 
+_NEIGHBOURS = 4
+"""Tokens of a prompt that the text of the next one may hang on."""
+
+
 class GrowingText:
     """Decodes tokens so that the pieces, put together, are the text of all of them.
 
@@ -22,16 +26,24 @@ class GrowingText:
     the beginning of a stop string is held back until it is known not to be.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
-        """Begin with no token.
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = (),
+        prompt: Sequence[int] = (),
+    ) -> None:
+        """Begin with no token of the answer.
 
         Args:
             tokenizer: Of the model.
             stop: Strings at the first of which the text ends.
+            prompt: What the answer continues: some tokenizers drop the space before a first word.
         """
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._tokens: list[int] = []
-        self._known = 0
+        before = list(prompt[-_NEIGHBOURS:])
+        if self._decode(before).endswith(_INCOMPLETE):
+            before = []
+        self._tokens, self._known = before, len(before)
         self._held = ""
         self.stopped = False
 
