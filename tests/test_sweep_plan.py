@@ -227,6 +227,26 @@ def test_points_of_one_placement_share_their_bound_and_all_share_full_fine_tunin
     assert [job.settings["finetune"]["learning_rate"] for job in shared[1:2]] == [0.1]
 
 
+@pytest.mark.parametrize(
+    ("compress", "distill", "shared"),
+    [
+        ({}, None, True),
+        ({"compress": "prune:2:4"}, None, True),
+        ({"select": "block_influence"}, None, False),
+        ({"compress": "low_rank_aware:0.5"}, None, False),
+        ({}, {"max_steps": 5}, False),
+    ],
+)
+def test_seeds_share_an_emulator_that_draws_nothing(
+    compress: dict[str, str], distill: dict[str, int] | None, shared: bool
+) -> None:
+    given = {"compress": {"plan": "1-2-1", **compress}}
+    points = grid(space(**given, **({"distill": distill} if distill else {})))
+    own = [planner(seeds=2).own(points[0], seed) for seed in (0, 1)]
+    assert len({job.id for job in own}) == 2
+    assert len({job.emulator for job in own}) == (1 if shared else 2)
+
+
 def test_a_job_keeps_its_name_and_comes_back_from_json() -> None:
     (job,) = (j for j in planner().jobs(grid(space())) if j.control == "tail")
     again = Job.from_plain(job.to_plain())

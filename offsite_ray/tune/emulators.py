@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Emulators, each made once for all jobs of a sweep that train against it.
 
-It lies in a folder of its own, by its compression, its distillation and its seed. One job makes it
-at a time, and holds a lock meanwhile that goes with its process: where it is killed, the next goes
-on from its last checkpoint. A distillation that was stopped early is stopped for all of them.
+It lies in a folder of its own, by its compression and distillation, and by its seed where anything
+is drawn. One job makes it at a time, and holds a lock meanwhile that goes with its process: where
+it is killed, the next goes on from its last checkpoint. A distillation that was stopped early is
+stopped for all of them.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 from offsite_ray.bundle import alone, read_manifest
 from offsite_ray.config import CompressConfig, DistillConfig
 from offsite_ray.distillation import distill, fill_here
-from offsite_ray.emulator import compress, looks_at_text
+from offsite_ray.emulator import compress
 from offsite_ray.errors import StorageError
 from offsite_ray.results import EvalRecord, to_plain
 from offsite_ray.training import run_here
 from offsite_ray.tune.folders import Folders, remove
 from offsite_ray.tune.notes import STAGES, Notes
+from offsite_ray.tune.plan import needs_text
 from offsite_ray.tune.teacher import cached_config
 
 if TYPE_CHECKING:
@@ -122,7 +124,7 @@ def compressed(bench: Bench, out: Path, notes: Notes) -> Path:
                 model=bench.shared.model,
                 blocks=bench.shared.blocks,
                 out=str(out),
-                seed=bench.job.seed,
+                seed=bench.job.compress_seed,
             )
         )
         notes.note("compress", result.seconds)
@@ -132,9 +134,7 @@ def compressed(bench: Bench, out: Path, notes: Notes) -> Path:
 
 def wants_text(fields: Mapping[str, Any]) -> bool:
     """Return whether compress, with some fields, looks at text that they do not give."""
-    if fields.get("calibration"):
-        return False
-    return looks_at_text(fields.get("select", "uniform"), fields.get("compress", "none"))
+    return not fields.get("calibration") and needs_text(fields)
 
 
 def facts(bundle: Path) -> dict[str, Any]:

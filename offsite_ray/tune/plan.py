@@ -58,7 +58,13 @@ class Job:
         if self.role != "emulator":
             return None
         made_by = {n: s for n, s in self.settings.items() if n in ("compress", "distill")}
-        return f"{_digest(_plain(made_by))}-seed{self.seed}"
+        seed = self.seed if "distill" in made_by else self.compress_seed
+        return f"{_digest(_plain(made_by))}-seed{seed}"
+
+    @property
+    def compress_seed(self) -> int:
+        """Seed of its compression; 0, for all seeds alike, where nothing is drawn by it."""
+        return self.seed if needs_text(self.settings["compress"]) else 0
 
     def to_plain(self) -> dict[str, Any]:
         """Return what :meth:`from_plain` takes; JSON holds it."""
@@ -208,13 +214,12 @@ def check_settings(settings: Settings) -> None:
         OffsiteError: One of them cannot be.
     """
     from offsite_ray.config import CompressConfig, FinetuneConfig
-    from offsite_ray.emulator import looks_at_text
     from offsite_ray.finetuning import FINETUNING_METHODS
 
     compress: Any = settings["compress"]
     finetune: Any = settings["finetune"]
-    given = CompressConfig(**compress, model="-", out="-")
-    looks_at_text(given.select, given.compress)  # which knows their names
+    CompressConfig(**compress, model="-", out="-")
+    needs_text(compress)  # which knows the names of the methods
     FinetuneConfig(**finetune, bundle="-", data=("-",), out="-")
     method = finetune.get("method", "full")
     if method not in FINETUNING_METHODS:
@@ -222,6 +227,17 @@ def check_settings(settings: Settings) -> None:
     if "distill" in settings:
         distill: Any = settings["distill"]
         DistillConfig(**distill, model="-", bundle="-", data=("-",), out="-")
+
+
+def needs_text(compress: Mapping[str, Any]) -> bool:
+    """Return whether compress, with some fields, draws text and looks at what the model does with it.
+
+    Raises:
+        OffsiteError: A method is unknown.
+    """
+    from offsite_ray.emulator import looks_at_text
+
+    return looks_at_text(compress.get("select", "uniform"), compress.get("compress", "none"))
 
 
 def _plain(settings: Settings) -> dict[str, dict[str, Any]]:

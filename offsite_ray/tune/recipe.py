@@ -103,7 +103,7 @@ def recipe_of_job(job: Job, config: SweepConfig, shared: Shared) -> dict[str, An
         bundle, distil = "emulator", _sections_to_distil(dict(distill), public, job, shared)
     return {
         "compress": {"model": model, **_given(shared), **compress, "out": "bundle",
-                     "seed": job.seed},
+                     "seed": job.compress_seed},
         **distil,
         "finetune": {"bundle": bundle,
                      "data": [_absolute(source) for source in config.private], "out": "adapter",
