@@ -24,7 +24,7 @@ from offsite_ray.architectures import get_blocks, linear_layers
 from offsite_ray.errors import FamilyError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from transformers import PreTrainedModel
 
@@ -52,7 +52,6 @@ class Rows:
             by_tenant.setdefault(tenant, []).append(row)
         self._of = {tenant: _places(rows, device) for tenant, rows in by_tenant.items()}
         self._groups: dict[frozenset[int], tuple[dict[int, Any], Any]] = {}
-        self._indices: dict[tuple[int, ...], Tensor] = {}
 
     def groups(self, having: frozenset[int]) -> tuple[dict[int, Any], Any]:
         """Return the rows of each tenant of a set, and those of the others; None without others."""
@@ -63,19 +62,6 @@ class Rows:
             self._groups[having] = mine, rest
         return self._groups[having]
 
-    def indices(self, places: Mapping[int, int]) -> Tensor | None:
-        """Return for each row the place of its tenant in a stack, 0 without one; None if all are 0.
-
-        Args:
-            places: Place in the stack by tenant.
-        """
-        found = tuple(places.get(tenant, 0) for tenant in self.tenants)
-        if not any(found):
-            return None
-        if found not in self._indices:
-            self._indices[found] = torch.tensor(found, device=self.device)
-        return self._indices[found]
-
 
 def _places(rows: Sequence[int], device: torch.device) -> Any:
     """Return what takes rows out of a tensor: a slice where they are neighbours."""
@@ -85,58 +71,52 @@ def _places(rows: Sequence[int], device: torch.device) -> Any:
 
 
 class Stack:
-    """Small tensors of tenants, one on the other, to be gathered row by row.
+    """Small tensors of tenants, of which those of a batch's rows lie one on the other.
 
-    Place 0 is zeros, for rows of tenants that have none.
+    They are put there anew only when the batch has other rows: that is a copy for each row, and
+    none for tenants that have no row.
     """
 
     def __init__(self) -> None:
         """Hold none."""
         self._parts: dict[int, tuple[Tensor, ...]] = {}
-        self._stacked: tuple[Tensor, ...] | None = None
-        self._places: dict[int, int] = {}
+        self._tenants: tuple[int, ...] = ()
+        self._gathered: tuple[Tensor, ...] | None = None
 
     def put(self, tenant: int, parts: tuple[Tensor, ...]) -> None:
         """Add what a tenant has."""
         self._parts[tenant] = parts
-        self._restack()
+        self._tenants, self._gathered = (), None
 
     def remove(self, tenant: int) -> None:
         """Forget what a tenant has."""
         if self._parts.pop(tenant, None) is not None:
-            self._restack()
+            self._tenants, self._gathered = (), None
 
-    def gather(self, rows: Rows) -> tuple[Tensor, ...] | None:
-        """Return for each row what its tenant has; None if no row's tenant has any."""
-        if self._stacked is None:
-            return None
-        indices = rows.indices(self._places)
-        if indices is None:
-            return None
-        return tuple(stacked.index_select(0, indices) for stacked in self._stacked)
+    def gather(self, tenants: tuple[int, ...]) -> tuple[Tensor, ...] | None:
+        """Return for each row what its tenant has, zeros without any; None if no row has any.
 
-    def _restack(self) -> None:
-        """Stack all, each filled with zeros to the largest; the stack is what holds them."""
-        self._places = {tenant: place for place, tenant in enumerate(self._parts, 1)}
-        if not self._parts:
-            self._stacked = None
-            return
-        every = list(self._parts.values())
-        stacked = []
-        for column in zip(*every, strict=True):
-            shape = [max(sizes) for sizes in zip(*(t.shape for t in column), strict=True)]
-            room = column[0].new_zeros(len(column) + 1, *shape)
-            for place, tensor in enumerate(column, 1):
-                room[(place, *map(slice, tensor.shape))] = tensor
-            stacked.append(room)
-        self._stacked = tuple(stacked)
-        self._parts = {
-            tenant: tuple(
-                room[(place, *map(slice, tensor.shape))]
-                for room, tensor in zip(stacked, self._parts[tenant], strict=True)
-            )
-            for tenant, place in self._places.items()
-        }
+        Args:
+            tenants: Number of the tenant of each row.
+        """
+        if tenants != self._tenants:
+            self._tenants, self._gathered = tenants, None
+            having = [row for row, tenant in enumerate(tenants) if tenant in self._parts]
+            if having:
+                columns = zip(*(self._parts[tenants[row]] for row in having), strict=True)
+                self._gathered = tuple(_on_top(len(tenants), having, column) for column in columns)
+        return self._gathered
+
+
+def _on_top(num_rows: int, rows: Sequence[int], tensors: Sequence[Tensor]) -> Tensor:
+    """Return ``(num_rows, ...)``: tensors at their rows, with zeros up to the largest of them."""
+    shapes = [tensor.shape for tensor in tensors]
+    if len(rows) == num_rows and len(set(shapes)) == 1:
+        return torch.stack(list(tensors))
+    room = tensors[0].new_zeros(num_rows, *map(max, zip(*shapes, strict=True)))
+    for row, tensor in zip(rows, tensors, strict=True):
+        room[row][tuple(slice(size) for size in tensor.shape)] = tensor
+    return room
 
 
 class RoutedModule(nn.Module):
@@ -191,7 +171,8 @@ class RoutedModule(nn.Module):
             flat: Tensor = self.forward(together).flatten(0, 1)
             return flat
         y = self._whole(x, rows)
-        pairs, biases = self._pairs.gather(rows), self._biases.gather(rows)
+        pairs = self._pairs.gather(rows.tenants)
+        biases = self._biases.gather(rows.tenants)
         if pairs is not None:
             down, up = pairs
             flat = x.reshape(len(rows.tenants), -1, x.shape[-1])
@@ -240,7 +221,7 @@ class RoutedBlock:
         self._handle.remove()
 
     def _after(self, _block: nn.Module, _inputs: Any, output: Any) -> Any:
-        nets = self._nets.gather(self._router.rows)
+        nets = self._nets.gather(self._router.rows.tenants)
         if nets is None:
             return output
         if isinstance(output, tuple):

@@ -230,7 +230,7 @@ def check_settings(settings: Settings) -> None:
 
 
 def needs_text(compress: Mapping[str, Any]) -> bool:
-    """Return whether compress, with some fields, draws text and looks at what the model does with it.
+    """Return whether compress, with some fields, draws text for the full model to work on.
 
     Raises:
         OffsiteError: A method is unknown.
