@@ -61,6 +61,8 @@ def test_bounds_and_full_fine_tuning_of_other_settings_are_not_mixed() -> None:
                      adapter_blocks=blocks, num_adapter_blocks=4, num_blocks=16,
                      settings=json.dumps({"finetune": finetune}))  # fmt: skip
 
+    alone = [distilled("p", 0), bound(1e-5, BOTH, max_steps=9)]
+    assert [line["kind"] for line in data_of(alone)["placements"]] == ["both ends"]
     rows = [distilled("p", 0), bound(1e-5, BOTH), bound(1e-5, TOP)]
     assert [line["kind"] for line in data_of(rows)["placements"]] == ["both ends", "top"]
     rows.append(bound(1e-3, BOTH, max_steps=9))
@@ -329,3 +331,16 @@ def test_a_legend_has_the_areas_that_are_there(tmp_path: Path, browser: Browser)
         browser.open(path, 1200)
         found.append([len(browser.run(AREAS)), *browser.run(LEGEND)])
     assert found == [[1, "privacy gap"], [1, "emulator ahead: nothing protected"]]
+
+
+def test_long_words_of_a_line_stay_on_a_phone(tmp_path: Path, browser: Browser) -> None:
+    settings = {"finetune": {"eval_fraction": 0.123, "weight_decay": 0.25, "betas": [0.9, 0.999]}}
+    rows = [distilled("p", 0)] + [
+        a_row(name, role="bound", bound_nats=3.0, adapter_blocks=BOTH, num_adapter_blocks=4,
+              num_blocks=16, settings=json.dumps(given))
+        for name, given in (("plain", {"finetune": {}}), ("other", settings))
+    ]  # fmt: skip
+    write_page(tmp_path / "report.html", CONFIG, rows, summaries(rows), [], None)
+    browser.open(tmp_path / "report.html", 390, 800)
+    assert "finetune.weight_decay=0.25" in browser.run("document.body.innerText")
+    assert browser.run("document.documentElement.scrollWidth") <= 390

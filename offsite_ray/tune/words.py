@@ -71,7 +71,7 @@ def common_settings(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for stage in STAGES:
         lists = [parts[stage] for parts in map(_parts, rows) if stage in parts]
-        first = lists[0] if len(lists) > 1 else []
+        first = lists[0] if lists else []
         found[stage] = [part for part in first if all(part in other for other in lists)]
     return found
 
