@@ -212,6 +212,14 @@ WAYS: dict[str, Callable[[Path], tuple[Any, int]]] = {
     "transformers' continuous batching": _transformers,
 }
 
+CLOSE = (
+    "1 tenant, lora",
+    "16 tenants, lora, together",
+    "1 tenant, full",
+    "transformers' continuous batching",
+)
+"""Ways whose difference is not far above this machine's noise."""
+
 
 def resident() -> int:
     """Return the bytes of this process that are in memory."""
