@@ -166,6 +166,10 @@ def test_errors_are_those_of_openai(served: Deployed, client: openai.OpenAI) -> 
     with pytest.raises(openai.AuthenticationError) as denied:
         stranger.models.list()
     assert denied.value.code == "invalid_api_key"
+    for method, path, status in (("GET", "nothing", 404), ("DELETE", "completions", 405)):
+        answer = served.call(method, f"/v1/{path}")
+        assert answer.status_code == status
+        assert answer.json()["error"]["message"].startswith(f"{method} /v1/{path}: ")
 
 
 def test_a_rate_limit_says_when_to_come_again(served: Deployed) -> None:

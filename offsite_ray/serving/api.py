@@ -8,22 +8,20 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from offsite_ray import __version__
-from offsite_ray.errors import OffsiteError
 from offsite_ray.serving.admin_api import admin_routes
 from offsite_ray.serving.completions import completion_routes
 from offsite_ray.serving.door import Door
-from offsite_ray.serving.failures import Failure, failure_of, refusal
 from offsite_ray.serving.pages import playground
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from fastapi import FastAPI, Request
+    from fastapi import FastAPI, Request, Response
 
     from offsite_ray.serving.front import Front
 
@@ -60,34 +58,12 @@ def create_api(front: Front) -> FastAPI:
         _ = front.gate
         return {"status": "ok"}
 
-    _tell_failures(api)
+    for own in (HTTPException, RequestValidationError):
+        api.add_exception_handler(own, _passed_on)
     api.add_middleware(Door, front=front)
     return api
 
 
-def _tell_failures(api: FastAPI) -> None:
-    """Have every error be an object that OpenAI's clients read."""
-
-    def answer(request: Request, failure: Failure) -> JSONResponse:
-        request.state.failure = failure.body["error"]["message"]
-        return JSONResponse(failure.body, failure.status, dict(failure.headers))
-
-    async def ours(request: Request, error: Exception) -> JSONResponse:
-        return answer(request, failure_of(error))
-
-    async def form(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        message = f"{where}: {first['msg']}" if where else str(first["msg"])
-        return answer(request, refusal(message, param=where or None))
-
-    async def http(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
-        where = f"{request.method} {request.url.path}"
-        return answer(request, refusal(f"{where}: {error.detail}", status=error.status_code))
-
-    api.add_exception_handler(RequestValidationError, form)
-    api.add_exception_handler(HTTPException, http)
-    api.add_exception_handler(OffsiteError, ours)
-    api.add_exception_handler(TimeoutError, ours)
+async def _passed_on(_: Request, error: Exception) -> Response:
+    """Leave an error to the door; FastAPI would answer it in a form of its own."""
+    raise error

@@ -13,7 +13,6 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from offsite_ray.errors import OffsiteError
 from offsite_ray.serving.failures import failure_of
 
 if TYPE_CHECKING:
@@ -43,7 +42,10 @@ class _Visit:
 
 
 class Door:
-    """The outermost layer of the application; without a key not even a body is read."""
+    """The outermost layer of the application, where every error becomes an answer.
+
+    Without a key not even a body is read.
+    """
 
     def __init__(self, app: ASGIApp, front: Front) -> None:
         """Stand before an application."""
@@ -77,11 +79,11 @@ class Door:
             self._identify(request)
             await self._app(scope, limited, noted)
         except Exception as error:
-            if not isinstance(error, OffsiteError):
+            failure = failure_of(error, f"{request.method} {request.url.path}")
+            if failure.status == 500:
                 _LOG.exception("request %s failed", visit.state["id"])
             if visit.status is not None:
                 raise  # too late to say anything but that it has ended
-            failure = failure_of(error)
             visit.state["failure"] = failure.body["error"]["message"]
             response = JSONResponse(failure.body, failure.status, dict(failure.headers))
             await response(scope, receive, noted)

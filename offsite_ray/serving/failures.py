@@ -7,6 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
 from offsite_ray.errors import (
     BundleError,
     BusyError,
@@ -65,8 +68,19 @@ class Failure:
     headers: Mapping[str, str]
 
 
-def failure_of(error: BaseException) -> Failure:
-    """Return what a client is told of an error; of what is our own fault, no more than that."""
+def failure_of(error: BaseException, where: str = "") -> Failure:
+    """Return what a client is told of an error; of what is our own fault, no more than that.
+
+    Args:
+        error: What was raised.
+        where: Method and path, for what has no other words than HTTP's.
+    """
+    if isinstance(error, HTTPException):
+        return _refusal(f"{where}: {error.detail}", status=error.status_code)
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"] if part != "body")
+        return _refusal(f"{field}: {first['msg']}" if field else first["msg"], param=field or None)
     row = next(row for row in _ROWS if isinstance(error, row.error))
     message, headers = str(error), {}
     if isinstance(error, TimeoutError):
@@ -86,6 +100,6 @@ def failure_of(error: BaseException) -> Failure:
     )
 
 
-def refusal(message: str, *, param: str | None = None, status: int = 400) -> Failure:
+def _refusal(message: str, *, param: str | None = None, status: int = 400) -> Failure:
     """Return what a client is told whose request is not of the expected form."""
     return Failure(status=status, body=error_object(message, _INVALID, param=param), headers={})
