@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from offsite_ray.serving.front import TAKES_A_KEY
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from offsite_ray.serving.front import Front
     from offsite_ray.serving.registry import Version
 
@@ -49,12 +52,13 @@ def admin_routes(front: Front) -> APIRouter:
     router = APIRouter(
         prefix="/admin", tags=["administrator"], dependencies=[TAKES_A_KEY, Depends(admin)]
     )
+    router.include_router(_model_routes(front))
+    router.include_router(_key_routes(front))
+    return router
 
-    async def change(method: str, *given: Any, **named: Any) -> Any:
-        """Have the store change something, and know of it here at once."""
-        result = await front.records.call(method, *given, **named)
-        await front.refresh()
-        return result
+
+def _model_routes(front: Front) -> APIRouter:
+    router = APIRouter()
 
     @router.get("/models")
     async def models() -> dict[str, Any]:
@@ -75,41 +79,54 @@ def admin_routes(front: Front) -> APIRouter:
 
         The version before goes on to be served to the requests that it has begun.
         """
-        upload = await front.records.call("begin_upload")
-        try:
-            parts = bytearray()
-            async for part in request.stream():
-                parts += part
-                if len(parts) >= _PART_BYTES:
-                    await front.records.call("add_part", upload, bytes(parts))
-                    parts.clear()
-            await front.records.call("add_part", upload, bytes(parts))
-            return _shown(await change("finish_upload", upload, name))
-        finally:
-            await front.records.call("forget_upload", upload)
+        async with _uploaded(front, request) as upload:
+            return _shown(await front.change("finish_upload", upload, name))
 
     @router.delete("/models/{name}")
     async def remove(name: str) -> dict[str, Any]:
         """Serve a model no more, and forget its versions."""
-        await change("remove", name)
+        await front.change("remove", name)
         return {"removed": name}
 
     @router.post("/models/{name}/rollback")
     async def roll_back(name: str) -> dict[str, Any]:
         """Serve the version before the current one, which is forgotten."""
-        return _shown(await change("roll_back", name))
+        return _shown(await front.change("roll_back", name))
 
     @router.put("/models/{name}/pin")
     async def pin(name: str) -> dict[str, Any]:
         """Have a model stay on the device once it is there."""
-        await change("pin", name, pinned=True)
+        await front.change("pin", name, pinned=True)
         return {"pinned": name}
 
     @router.delete("/models/{name}/pin")
     async def unpin(name: str) -> dict[str, Any]:
         """Let a model leave the device when others need the room."""
-        await change("pin", name, pinned=False)
+        await front.change("pin", name, pinned=False)
         return {"unpinned": name}
+
+    return router
+
+
+@contextlib.asynccontextmanager
+async def _uploaded(front: Front, request: Request) -> AsyncIterator[str]:
+    """Send the body of a request to the store; give the name of that upload, and end it."""
+    upload = await front.records.call("begin_upload")
+    try:
+        parts = bytearray()
+        async for part in request.stream():
+            parts += part
+            if len(parts) >= _PART_BYTES:
+                await front.records.call("add_part", upload, bytes(parts))
+                parts.clear()
+        await front.records.call("add_part", upload, bytes(parts))
+        yield upload
+    finally:
+        await front.records.call("forget_upload", upload)
+
+
+def _key_routes(front: Front) -> APIRouter:
+    router = APIRouter()
 
     @router.get("/keys")
     async def keys() -> list[dict[str, Any]]:
@@ -120,19 +137,19 @@ def admin_routes(front: Front) -> APIRouter:
     @router.post("/keys")
     async def add_key(asked: NewKey) -> dict[str, str]:
         """Make a key; it is told this once."""
-        key = await change("add_key", **asked.model_dump())
+        key = await front.change("add_key", **asked.model_dump())
         return {"label": asked.label, "key": key}
 
     @router.put("/keys/{label}/models")
     async def grant(label: str, asked: Models) -> dict[str, Any]:
         """Say which models a key may see and use from now on."""
-        await change("grant", label, asked.models)
+        await front.change("grant", label, asked.models)
         return {"label": label, "models": sorted(asked.models)}
 
     @router.delete("/keys/{label}")
     async def remove_key(label: str) -> dict[str, str]:
         """Have a key open nothing any more."""
-        await change("remove_key", label)
+        await front.change("remove_key", label)
         return {"removed": label}
 
     return router

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends
 from fastapi.security import HTTPBearer
@@ -60,6 +60,12 @@ class Front:
             self._gate = Gate(snapshot=snapshot, base=self.config.full_model_name)
         elif snapshot.revision > self._gate.snapshot.revision:  # not one that was overtaken
             self._gate.snapshot = snapshot
+
+    async def change(self, method: str, *given: Any, **named: Any) -> Any:
+        """Have the store change something, and know of it here at once."""
+        result = await self.records.call(method, *given, **named)
+        await self.refresh()
+        return result
 
     async def follow(self) -> None:
         """Refresh for ever; what was known last counts while the store cannot be asked."""
