@@ -115,6 +115,15 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture
+def dataset_cache(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keep what datasets makes of local files out of the user's own cache."""
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Return the folder with real data and models, which is not part of the project."""
