@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offsite_ray.architectures import load_model
+from offsite_ray.config import Limits
 from offsite_ray.emulator import open_full_model
-from offsite_ray.serving.engine import Engine, Limits
 from offsite_ray.serving.own import Net, Own, Pair
 from offsite_ray.serving.requests import Piece, Request, Sampling
 from offsite_ray.serving.start import start_engine
@@ -32,6 +32,8 @@ from offsite_ray.serving.tenants import read_own
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from offsite_ray.serving.engine import Engine
 
 NUM_TENANTS = 16
 PROMPT_TOKENS = 64

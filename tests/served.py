@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from offsite_ray.architectures import load_model
-from offsite_ray.config import CompressConfig, PlugInConfig
+from offsite_ray.config import CompressConfig, Limits, PlugInConfig
 from offsite_ray.emulator import compress, open_full_model
 from offsite_ray.plug_in import plug_in
-from offsite_ray.serving.engine import Engine, Limits
 from offsite_ray.serving.requests import Piece, Request, Sampling
 from offsite_ray.serving.routing import BASE
 from offsite_ray.serving.start import start_engine
@@ -26,6 +25,8 @@ from tests.tiny_models import save_tiny
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+
+    from offsite_ray.serving.engine import Engine
 
 PROMPTS = ((5, 9, 60), (7,), tuple(range(3, 24)), (90, 14, 33, 2, 8, 71, 30))
 """Prompts of several lengths, the longest longer than a sliding window."""

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from offsite_ray.architectures import load_model, load_tokenizer
+from offsite_ray.config import Limits
 from offsite_ray.emulator import open_full_model
 from offsite_ray.errors import BusyError, RequestError
-from offsite_ray.serving.engine import Engine, Limits
 from offsite_ray.serving.queue import FairQueue
 from offsite_ray.serving.requests import Request, Sampling
 from offsite_ray.serving.tenants import read_own
@@ -21,6 +21,8 @@ from tests.served import Tenants, ask, generated, held, make_tenants, serve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from offsite_ray.serving.engine import Engine
 
 PROMPT = (5, 9, 60, 31)
 

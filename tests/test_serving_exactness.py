@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from offsite_ray.serving.engine import Limits
+from offsite_ray.config import Limits
 from tests.adapters import METHODS
 from tests.served import PROMPTS, ask, generated, held, make_tenants, serve
 

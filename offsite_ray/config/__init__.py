@@ -15,7 +15,7 @@ from offsite_ray.config.artefacts import (
     VerifyConfig,
 )
 from offsite_ray.config.measuring import EstimateConfig, EvaluateConfig
-from offsite_ray.config.serving import ApplicationConfig, ServeConfig, check_model_name
+from offsite_ray.config.serving import ApplicationConfig, Limits, ServeConfig, check_model_name
 from offsite_ray.config.sweeping import OBJECTIVES, SweepConfig
 from offsite_ray.config.training import (
     OFFLOAD_STAGES,
@@ -38,6 +38,7 @@ __all__ = [
     "EvaluateConfig",
     "FinetuneConfig",
     "InspectConfig",
+    "Limits",
     "Offload",
     "PlugInConfig",
     "PrepareConfig",

@@ -14,7 +14,31 @@ MODEL_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ApplicationConfig:
+class Limits:
+    """What an engine takes on at once."""
+
+    max_rows: int = 16
+    """Texts that a replica writes at a time."""
+    cache_tokens: int = 16384
+    """Tokens whose keys and values a replica holds: texts times the longest of them."""
+    max_queue: int = 8
+    """Requests that may wait at a replica; more are answered with 429. The longer it is, the longer
+    the last one waits."""
+    max_prompt: int = 4096
+    """Tokens of a prompt."""
+    max_output: int = 2048
+    """Tokens of an answer."""
+    prefill_tokens: int = 512
+    """Prompt tokens that are computed between two decoding steps."""
+
+    def __post_init__(self) -> None:
+        """Check ranges; raise :class:`ConfigError`."""
+        for name in Limits.__slots__:
+            _check_least(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ApplicationConfig(Limits):
     """What the application serves and what it takes on; the ``args`` of a Serve config file."""
 
     model: str
@@ -45,19 +69,6 @@ class ApplicationConfig:
     """Requests for each replica that autoscaling aims at."""
     num_ingress: int = 1
     """Replicas of what speaks HTTP; each counts the rate limits by itself."""
-    max_rows: int = 16
-    """Texts that a replica writes at a time."""
-    cache_tokens: int = 16384
-    """Tokens whose keys and values a replica holds: texts times the longest of them."""
-    max_queue: int = 8
-    """Requests that may wait at a replica; more are answered with 429. The longer it is, the longer
-    the last one waits."""
-    max_prompt: int = 4096
-    """Tokens of a prompt."""
-    max_output: int = 2048
-    """Tokens of an answer."""
-    prefill_tokens: int = 512
-    """Prompt tokens that are computed between two decoding steps."""
     max_tenant_gib: float | None = None
     """Of tenants' tensors on the device of a replica; the least recently used ones beyond it wait
     in host memory. By default all may stay."""
@@ -74,21 +85,14 @@ class ApplicationConfig:
 
     def __post_init__(self) -> None:
         """Check ranges; raise :class:`ConfigError`."""
+        Limits.__post_init__(self)
         for name, least in (
             ("min_replicas", 1),
             ("max_replicas", self.min_replicas),
             ("target_requests", 1),
             ("num_ingress", 1),
-            ("max_rows", 1),
-            ("cache_tokens", 1),
-            ("max_queue", 1),
-            ("max_prompt", 1),
-            ("max_output", 1),
-            ("prefill_tokens", 1),
         ):
-            value = getattr(self, name)
-            if value < least:
-                raise ConfigError(f"{name}={value} must be at least {least}")
+            _check_least(name, getattr(self, name), least)
         for name in (
             "max_tenant_gib",
             "max_upload_gib",
@@ -100,8 +104,7 @@ class ApplicationConfig:
             if value is not None and not value > 0:
                 raise ConfigError(f"{name}={value} must be above 0")
         for name in ("num_gpus", "drain_timeout"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 0")
+            _check_least(name, getattr(self, name), 0)
         self.adapters()
         if self.full_model_name is not None:
             check_model_name(self.full_model_name)
@@ -149,6 +152,11 @@ class ServeConfig(ApplicationConfig):
                 "engine=vllm serves one plugged-in model: run plug-in first, and give its "
                 "directory as --model, without --adapter"
             )
+
+
+def _check_least(name: str, value: float, least: int) -> None:
+    if not value >= least:
+        raise ConfigError(f"{name}={value} must be at least {least}")
 
 
 def check_model_name(name: str) -> None:

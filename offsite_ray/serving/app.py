@@ -80,7 +80,6 @@ class Engines:
         import torch
 
         from offsite_ray.emulator import open_full_model
-        from offsite_ray.serving.engine import Limits
         from offsite_ray.serving.meters import Meters
         from offsite_ray.serving.replica import Replica
         from offsite_ray.serving.start import start_engine
@@ -88,11 +87,10 @@ class Engines:
         _ready_to_log()
         torch.set_num_threads(max(1, int(config.num_cpus)))
         full = open_full_model(config.model)
-        names = [field.name for field in dataclasses.fields(Limits)]
         engine = await asyncio.to_thread(
             start_engine,
             full,
-            Limits(**{name: getattr(config, name) for name in names}),
+            config,
             dtype=None if config.dtype == "auto" else getattr(torch, TORCH_NAMES[config.dtype]),
             device=_device(config),
             max_tenant_bytes=_bytes(config.max_tenant_gib),

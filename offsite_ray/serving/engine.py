@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+    from offsite_ray.config import Limits
     from offsite_ray.serving.model import BatchModel
     from offsite_ray.serving.requests import Request
     from offsite_ray.serving.residency import Residency
@@ -39,25 +40,6 @@ _MAX_FAILED_STEPS = 3
 _PAUSE_S = 0.005
 _IDLE_S = 1.0
 """How often a thread without work says that it lives."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
-    """What the engine takes on at once."""
-
-    max_rows: int = 16
-    """Texts that are decoded at a time."""
-    cache_tokens: int = 16 * 1024
-    """Keys and values are held for so many tokens: rows times the longest of them."""
-    max_queue: int = 8
-    """Requests that may wait. Where all places are taken, a tenant of which none waits gets that of
-    the tenant of which most do."""
-    max_prompt: int = 4096
-    """Tokens of a prompt."""
-    max_output: int = 2048
-    """Tokens of an answer."""
-    prefill_tokens: int = 512
-    """Prompt tokens that are computed between two decoding steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

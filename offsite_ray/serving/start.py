@@ -9,13 +9,14 @@ import torch
 
 from offsite_ray.architectures import load_model, load_tokenizer
 from offsite_ray.errors import FamilyError
-from offsite_ray.serving.engine import Bounds, Engine, Limits
+from offsite_ray.serving.engine import Bounds, Engine
 from offsite_ray.serving.model import BatchModel
 from offsite_ray.serving.residency import Residency
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from offsite_ray.config import Limits
     from offsite_ray.emulator import FullModel
 
 _SLIP = 1e-3
