@@ -183,6 +183,19 @@ def test_a_full_queue_refuses(served: tuple[Engine, dict[str, int]]) -> None:
     assert later.finish() == "length"
 
 
+def test_who_asks_an_engine_that_has_ended_is_not_left_waiting(
+    served: tuple[Engine, dict[str, int]],
+) -> None:
+    engine, numbers = served
+    at_piece = threading.Event()
+    begun = ask(engine, numbers["full"], PROMPT, max_tokens=50, at_piece=at_piece.set)
+    assert at_piece.wait(30)
+    engine.stop()
+    assert begun.done.wait(30)
+    with pytest.raises(BusyError, match="has ended"):
+        ask(engine, numbers["full"], PROMPT)
+
+
 def test_a_tenant_that_floods_keeps_nobody_waiting(
     served: tuple[Engine, dict[str, int]],
 ) -> None:

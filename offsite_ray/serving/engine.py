@@ -79,7 +79,7 @@ class Engine:
         self._batch = Batch(model, tokenizer, bounds.end_tokens, limits.prefill_tokens, self._ended)
         self._changed = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
-        self._stopping = self._draining = False
+        self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._beat = time.monotonic()
         self._failed_steps = 0
@@ -88,15 +88,9 @@ class Engine:
         """Begin to work."""
         self._thread.start()
 
-    def stop(self, drain_s: float = 0.0) -> None:
-        """Take nothing more, and end: at once, or when all that was taken is answered.
-
-        Args:
-            drain_s: Seconds to wait for that.
-        """
+    def stop(self) -> None:
+        """Take nothing more, and end after the step at hand; who is not answered is told."""
         with self._changed:
-            self._draining = True
-            self._changed.wait_for(lambda: not self.num_running + self.num_waiting, drain_s)
             self._stopping = True
             self._changed.notify_all()
         self._thread.join()
@@ -140,8 +134,8 @@ class Engine:
         check(request, self.bounds, self.limits)
         request.unfinished = request.sampling.n
         with self._changed:
-            if self._draining:
-                raise BusyError("the service is about to end; ask again")
+            if self._stopping:
+                raise BusyError("the service has ended; ask again")
             displaced = None
             if len(self._queue) >= self.limits.max_queue:
                 displaced = self._queue.displaced_by(request.tenant)
