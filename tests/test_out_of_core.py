@@ -22,6 +22,7 @@ from benchmarks.checkpoints import write_checkpoint, write_random_adapter
 from offsite_ray.bundle import (
     TensorDirectory,
     all_finite,
+    alone,
     atomic_directory,
     digests,
     specs,
@@ -332,3 +333,10 @@ def test_what_a_killed_process_left_goes_and_what_another_writes_stays(tmp_path:
         assert other.is_dir()
         shutil.rmtree(out)
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_lock_that_cannot_be_made_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    lock = tmp_path / "file" / ".lock"
+    with pytest.raises(StorageError, match=r"file: File exists$"), alone(lock):
+        pytest.fail("begun")

@@ -248,6 +248,15 @@ def test_what_a_killed_run_left_half_written_is_removed(loop: Loop, tmp_path: Pa
     assert young.exists()  # of a run that may be alive
 
 
+def test_a_file_system_that_refuses_is_quoted_and_nothing_said_of_what_stays(
+    loop: Loop, tmp_path: Path
+) -> None:
+    begun = tmp_path / "cache" / "begun.json"
+    begun.mkdir(parents=True)
+    with pytest.raises(StorageError, match=f"^{begun}: Is a directory$"):
+        run(config(loop, tmp_path / "a", teacher_cache=str(begun.parent)))
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_what_an_actor_raises_is_raised_here(loop: Loop, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def atomic_directory(out: Path) -> Iterator[Path]:
         StorageError: ``out`` is taken, or the file system refuses (no space, no permission).
     """
     check_free(out)
-    with storage_errors(out), made_parent(out), _locked_sibling(out) as tmp:
+    with storage_errors(out, nothing_left=True), made_parent(out), _locked_sibling(out) as tmp:
         try:
             yield tmp
             _sync_tree(tmp)
@@ -79,7 +79,7 @@ def atomic_directory(out: Path) -> Iterator[Path]:
 def atomic_file(out: Path) -> Iterator[Path]:
     """Yield a temporary sibling of the file ``out`` that replaces it when the block ends well."""
     tmp = _sibling(out)
-    with storage_errors(out), made_parent(out):
+    with storage_errors(out, nothing_left=True), made_parent(out):
         try:
             yield tmp
             sync(tmp)
@@ -114,7 +114,7 @@ def made_parent(out: Path) -> Iterator[None]:
     """
     missing = [folder for folder in out.parents if not folder.exists()]
     try:
-        with storage_errors(out):
+        with storage_errors(out, nothing_left=True):
             out.parent.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
@@ -124,19 +124,20 @@ def made_parent(out: Path) -> Iterator[None]:
         raise
 
 
-def storage_error(path: Path, error: OSError) -> StorageError:
-    """Return what the operating system refused, as one line."""
-    where = error.filename or path
-    return StorageError(f"{where}: {error.strerror or error}; nothing was left at {path}")
-
-
 @contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn what the operating system refuses into :class:`StorageError`."""
+def storage_errors(path: Path, *, nothing_left: bool = False) -> Iterator[None]:
+    """Turn what the operating system refuses into :class:`StorageError`, one line.
+
+    Args:
+        path: What is read or written, where the operating system does not name it.
+        nothing_left: Whether nothing stays there of what was begun.
+    """
     try:
         yield
     except OSError as error:
-        raise storage_error(path, error) from error
+        said = f"{error.filename or path}: {error.strerror or error}"
+        left = f"; nothing was left at {path}" if nothing_left else ""
+        raise StorageError(said + left) from error
 
 
 @contextlib.contextmanager

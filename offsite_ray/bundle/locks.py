@@ -9,7 +9,7 @@ import fcntl
 import os
 from typing import TYPE_CHECKING
 
-from offsite_ray.bundle.atomic import storage_error
+from offsite_ray.bundle.atomic import storage_errors
 from offsite_ray.errors import StorageError
 
 if TYPE_CHECKING:
@@ -29,12 +29,15 @@ def alone(lock: Path, *, busy: str | None = None) -> Iterator[None]:
         busy: What to say where someone else holds it; None: wait for them.
 
     Raises:
-        StorageError: Someone else holds it, and waiting is not wanted.
+        StorageError: Someone else holds it, and waiting is not wanted; or it cannot be made.
     """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with locked(lock, os.open(lock, os.O_RDWR | os.O_CREAT, 0o644), busy) as descriptor:
-        os.truncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
+    with storage_errors(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    with locked(lock, descriptor, busy):
+        with storage_errors(lock):
+            os.truncate(descriptor, 0)
+            os.write(descriptor, str(os.getpid()).encode())
         yield
 
 
@@ -42,13 +45,14 @@ def alone(lock: Path, *, busy: str | None = None) -> Iterator[None]:
 def locked(path: Path, descriptor: int, busy: str | None) -> Iterator[int]:
     """Hold a lock by what is open, a file or a directory, and close it; see :func:`alone`."""
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if busy is None else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise StorageError(busy) from error
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise storage_error(path, error) from error
+        with storage_errors(path):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if busy is None else fcntl.LOCK_NB))
+            except BlockingIOError as error:
+                raise StorageError(busy) from error
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
         yield descriptor
     finally:
         os.close(descriptor)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from offsite_ray.architectures import feed_forward, linear_layers, stored_alone
-from offsite_ray.bundle import TensorDirectory, atomic_file, specs, storage_error, write_file
+from offsite_ray.bundle import TensorDirectory, atomic_file, specs, storage_errors, write_file
 from offsite_ray.calibration.files import block_files
 from offsite_ray.calibration.forward import BlockwiseModel
 from offsite_ray.compression import MatrixStatistics
@@ -131,10 +131,8 @@ class _Inputs:
 
     def put(self, index: int, number: int, hidden: Tensor) -> None:
         file = self._file(index, number)
-        try:
+        with storage_errors(file):
             write_file(file, specs({"hidden": hidden.cpu().contiguous()}))
-        except OSError as error:
-            raise storage_error(file, error) from error
 
     def take(self, index: int, number: int) -> Tensor:
         file = self._file(index, number)

@@ -26,7 +26,7 @@ from offsite_ray.bundle import (
     TensorDirectory,
     check_parent,
     fingerprint,
-    storage_error,
+    storage_errors,
     write_json,
 )
 from offsite_ray.bundle.digest import digest_plain
@@ -158,7 +158,7 @@ def ensure_cache(
         return
     check_parent(directory)
     begun = directory / "begun.json"
-    try:
+    with storage_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         if (found := _begun(begun)) is not None:
             _check_key(directory, found, task.key, exact=True)
@@ -183,8 +183,6 @@ def ensure_cache(
             fill(task, config, parts, tell)
         write_json(manifest, {"schema_version": _SCHEMA_VERSION, "key": to_plain(task.key)})
         begun.unlink(missing_ok=True)  # another run that wrote the same may have ended before
-    except OSError as error:
-        raise storage_error(directory, error) from error
 
 
 def _begun(path: Path) -> Any:
