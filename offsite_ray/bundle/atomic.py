@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from offsite_ray.errors import StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -77,32 +77,35 @@ def atomic_directory(out: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_file(out: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of the file ``out`` that replaces it when the block ends well."""
-    tmp = _sibling(out)
-    with storage_errors(out, nothing_left=True), made_parent(out):
-        try:
-            yield tmp
-            sync(tmp)
-            tmp.replace(out)
-        finally:
-            tmp.unlink(missing_ok=True)
+    """Yield a temporary sibling of the file ``out`` that replaces it when the block ends well.
+
+    Raises:
+        StorageError: The file system refuses.
+    """
+    with storage_errors(out, nothing_left=True), made_parent(out), replaced_file(out) as tmp:
+        yield tmp
 
 
-def write_json(out: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file that is whole and durable as soon as it is there.
+@contextlib.contextmanager
+def replaced_file(out: Path) -> Iterator[Path]:
+    """Do what :func:`atomic_file` does, in a folder that is there.
 
     Raises:
         OSError: The file system refuses; what it says, for the caller to put in words.
     """
     tmp = _sibling(out)
     try:
-        with tmp.open("w", encoding="utf-8") as file:
-            json.dump(value, file)
-            file.flush()
-            os.fsync(file.fileno())
+        yield tmp
+        sync(tmp)
         tmp.replace(out)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def write_json(out: Path, plain: Any) -> None:
+    """Write a file of JSON, whole or not at all; numbers that are none are not JSON."""
+    with atomic_file(out) as tmp:
+        tmp.write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.bundle import digest_file, sync, write_json
+from offsite_ray.bundle import digest_file, replaced_file, sync
 from offsite_ray.errors import ResumeError
 from offsite_ray.training.fragments import Fragment, FragmentReader, write_fragments
 
@@ -147,7 +147,8 @@ class CheckpointWriter:
             name = f"worker-{self._rank:05}.safetensors"
             digest = write_fragments(partial / name, fragments)
             sync(partial / name)
-            write_json(partial / f"worker-{self._rank:05}.json", {name: digest})
+            with replaced_file(partial / f"worker-{self._rank:05}.json") as marker:
+                marker.write_text(json.dumps({name: digest}), encoding="utf-8")
             self._written.set()
             if self._rank == 0:
                 self._publish(partial, step, state)
@@ -165,7 +166,8 @@ class CheckpointWriter:
         for marker in markers:
             files |= json.loads(marker.read_text(encoding="utf-8"))
             marker.unlink()
-        write_json(partial / STATE, {**state, "files": files})
+        with replaced_file(partial / STATE) as file:
+            file.write_text(json.dumps({**state, "files": files}), encoding="utf-8")
         sync(partial)
         partial.rename(checkpoint_path(self._run_dir, step))
         sync(self._run_dir)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offsite_ray.architectures import empty_model
-from offsite_ray.bundle import digest_file, digest_plain, fingerprint, open_weights
+from offsite_ray.bundle import digest_file, digest_plain, fingerprint, open_weights, write_json
 from offsite_ray.config import DistillConfig, EvaluateConfig, FinetuneConfig
 from offsite_ray.distillation.losses import DISTILLATION_LOSSES
 from offsite_ray.errors import ConfigError, StorageError
@@ -16,7 +16,7 @@ from offsite_ray.evaluation.settings import open_yardstick
 from offsite_ray.finetuning.methods import finetuning_method
 from offsite_ray.results import to_plain
 from offsite_ray.tune.emulators import wants_text
-from offsite_ray.tune.folders import read_record, write_json
+from offsite_ray.tune.folders import read_record
 from offsite_ray.tune.halving import check_proxy
 from offsite_ray.tune.presets import PRESETS, without_methods
 from offsite_ray.tune.space import Range, may_distil, parse_space, stage_fields

@@ -13,7 +13,7 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.bundle import alone, atomic_file
+from offsite_ray.bundle import alone, write_json
 from offsite_ray.errors import StorageError
 
 if TYPE_CHECKING:
@@ -150,12 +150,6 @@ def read_record(path: Path) -> Record | None:
     except (OSError, ValueError) as error:
         raise StorageError(f"{path} cannot be read: {error}; remove it to run it again") from error
     return record
-
-
-def write_json(path: Path, plain: Any) -> None:
-    """Write a file of JSON, whole or not at all."""
-    with atomic_file(path) as tmp:
-        tmp.write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def once(path: Path, make: Callable[[Path], object]) -> Path:

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from offsite_ray.bundle import write_json
 from offsite_ray.distillation import DISTILLATION_LOSSES
 from offsite_ray.errors import ConfigError, unknown_name
-from offsite_ray.tune.folders import stopped_in, write_json
+from offsite_ray.tune.folders import stopped_in
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -6,7 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.tune.folders import read_record, write_json
+from offsite_ray.bundle import write_json
+from offsite_ray.tune.folders import read_record
 
 if TYPE_CHECKING:
     from pathlib import Path

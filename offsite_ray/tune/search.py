@@ -9,8 +9,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from offsite_ray.bundle import write_json
 from offsite_ray.errors import ConfigError, OffsiteError
-from offsite_ray.tune.folders import FINISHED, Record, write_json
+from offsite_ray.tune.folders import FINISHED, Record
 from offsite_ray.tune.space import Knob, Point, Range, Value, Variant
 
 if TYPE_CHECKING:
