@@ -79,13 +79,8 @@ def serving_ray(num_replicas: int, num_cpus: float, num_gpus: float) -> Iterator
         }
         logs = os.path.join(_start(**local).address_info["session_dir"], "logs")
     try:
-        for kind, wanted in (("CPU", num_cpus), ("GPU", num_gpus)):
-            there = ray.cluster_resources().get(kind, 0)
-            if there < wanted:
-                raise ConfigError(
-                    f"a replica needs {wanted:g} {kind}s, and the Ray cluster has {there:g}; lower "
-                    f"--num-{kind.lower()}s or add nodes"
-                )
+        _check_there("a replica needs", num_cpus, "CPU", "--num-cpus")
+        _check_there("a replica needs", num_gpus, "GPU", "--num-gpus")
         yield logs
     finally:
         ray.shutdown()
@@ -102,14 +97,18 @@ def _start(**local: Any) -> Any:
 
 def check_room(num_workers: int, *, gpu: bool) -> None:
     """Refuse a run that the cluster can never hold; raise :class:`ConfigError`."""
+    kind = "GPU" if gpu else "CPU"
+    _check_there(f"{num_workers} workers need", num_workers, kind, "--num-workers")
+
+
+def _check_there(who_needs: str, wanted: float, kind: str, flag: str) -> None:
     import ray
 
-    kind = "GPU" if gpu else "CPU"
     there = ray.cluster_resources().get(kind, 0)
-    if there < num_workers:
+    if there < wanted:
         raise ConfigError(
-            f"{num_workers} workers need {num_workers} {kind}s, and the Ray cluster has {there:g}; "
-            "lower --num-workers or add nodes"
+            f"{who_needs} {wanted:g} {kind}s, and the Ray cluster has {there:g}; lower {flag} or "
+            "add nodes"
         )
 
 
