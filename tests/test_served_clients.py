@@ -100,6 +100,33 @@ def test_chat_goes_through_the_template(served: Deployed, client: openai.OpenAI)
     assert parts[-1].choices[0].finish_reason in ("stop", "length")
 
 
+def test_what_clients_send_by_default_changes_nothing(client: openai.OpenAI) -> None:
+    said: Any = [{"role": "user", "content": "hi"}]
+    wish: dict[str, Any] = {"model": "full", "temperature": 0, "max_tokens": 8}
+    harmless: dict[str, Any] = {
+        "response_format": {"type": "text"},
+        "tools": [],
+        "tool_choice": "none",
+        "stop": None,
+        "logit_bias": {},
+        "store": False,
+        "metadata": {"run": "7"},
+        "user": "me",
+        "n": 1,
+    }
+    plain = client.chat.completions.create(messages=said, **wish)
+    first = client.chat.completions.create(messages=said, **wish, **harmless)
+    assert first.choices == plain.choices
+    # A conversation goes on with the answer as the client got it.
+    answer: Any = first.choices[0].message.model_dump()
+    assert client.chat.completions.create(messages=[*said, answer, *said], **wish).choices
+    with pytest.raises(openai.BadRequestError, match="asks for what is not served") as refused:
+        client.chat.completions.create(
+            messages=said, **wish, response_format={"type": "json_object"}
+        )
+    assert refused.value.param == "response_format"
+
+
 def test_several_prompts_and_texts(client: openai.OpenAI, expected: dict[str, str]) -> None:
     answer = client.completions.create(
         model="full", prompt=[PROMPT, "x", PROMPT], n=2, temperature=0, max_tokens=NUM_TOKENS

@@ -212,7 +212,7 @@ def _job(
         prompts=texts,
         sampling=sampling,
         stream=bool(asked.stream),
-        with_usage=options is not None and options.include_usage,
+        with_usage=options is not None and bool(options.include_usage),
     )
 
 

@@ -7,15 +7,36 @@ is a wrong answer.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from offsite_ray.errors import RequestError
 from offsite_ray.serving.requests import Sampling
 
 Stop = str | list[str] | None
 Token = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def _only(*harmless: Any) -> BeforeValidator:
+    """Return what lets pass None and the values that ask for nothing, as None, and no other."""
+    allowed = "".join(f", or send {json.dumps(value)}" for value in harmless)
+
+    def check(value: Any) -> None:
+        if value is not None and value not in harmless:
+            raise PydanticCustomError(
+                "not_served",
+                "{value} asks for what is not served; leave it out{allowed}",
+                {"value": json.dumps(value)[:_MAX_QUOTED], "allowed": allowed},
+            )
+
+    return BeforeValidator(check)
+
+
+_MAX_QUOTED = 100
+"""Characters of a value."""
 
 
 class _Asked(BaseModel):
@@ -36,10 +57,10 @@ class _Asked(BaseModel):
     stream_options: StreamOptions | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
-    store: Literal[False, None] = None
-    frequency_penalty: Literal[0, None] = None
-    presence_penalty: Literal[0, None] = None
-    logit_bias: dict[str, Literal[0]] | None = None
+    store: Annotated[None, _only(False)] = None
+    frequency_penalty: Annotated[None, _only(0)] = None
+    presence_penalty: Annotated[None, _only(0)] = None
+    logit_bias: dict[str, Annotated[None, _only(0)]] | None = None
 
     def _sampling(self, max_tokens: int, **given: Any) -> Sampling:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -60,7 +81,8 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    include_usage: bool = False
+    include_usage: bool | None = False
+    include_obfuscation: Annotated[None, _only(False)] = None
 
 
 class CompletionRequest(_Asked):
@@ -69,8 +91,8 @@ class CompletionRequest(_Asked):
     prompt: str | list[str] | list[Token] | list[list[Token]]
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     echo: bool | None = False
-    suffix: Literal["", None] = None
-    best_of: Literal[1, None] = None
+    suffix: Annotated[None, _only("")] = None
+    best_of: Annotated[None, _only(1)] = None
 
     def sampling(self) -> Sampling:
         """Return how tokens are chosen; 16 of them where the client names no number."""
@@ -94,6 +116,12 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
     name: str | None = None
+    # An answer that a client sends back as it got it has these.
+    refusal: Annotated[None, _only()] = None
+    annotations: Annotated[None, _only([])] = None
+    audio: Annotated[None, _only()] = None
+    function_call: Annotated[None, _only()] = None
+    tool_calls: Annotated[None, _only([])] = None
 
     def plain(self) -> dict[str, str]:
         """Return it as chat templates read it."""
@@ -109,6 +137,10 @@ class ChatRequest(_Asked):
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    response_format: Annotated[None, _only({"type": "text"})] = None
+    tools: Annotated[None, _only([])] = None
+    tool_choice: Annotated[None, _only("none", "auto")] = None
+    parallel_tool_calls: Annotated[None, _only(True, False)] = None
 
     def sampling(self, room: int) -> Sampling:
         """Return how tokens are chosen.
