@@ -223,6 +223,38 @@ def test_more_than_fits_is_told_at_once(served: Deployed) -> None:
     assert text(served, "full")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_prompts_of_a_request_wait_for_a_place_once_one_has_it(
+    served: Deployed, stream: bool
+) -> None:
+    prompts = [f"The cat {number}" for number in range(12)]
+
+    def ask(model: str) -> dict[int, str]:
+        asked = {"model": model, "prompt": prompts, "temperature": 0, "max_tokens": 30, "n": 4}
+        answer = served.call("POST", "/v1/completions", json={**asked, "stream": stream})
+        assert answer.status_code == 200, answer.text
+        whole = [answer.json()] if not stream else events(answer.text)
+        texts = dict.fromkeys(range(48), "")
+        for choice in (choice for part in whole for choice in part["choices"]):
+            texts[choice["index"]] += choice["text"]
+        return texts
+
+    models = ["full", "lora", "bitfit"]
+    with ThreadPoolExecutor(3) as pool:  # 24 at a time, and there are two places and eight to wait
+        found = list(pool.map(ask, models))
+    for model, texts in zip(models, found, strict=True):
+        for place in (0, 11):
+            alone = served.complete(model, prompts[place], max_tokens=30)["choices"][0]["text"]
+            assert {texts[4 * place + index] for index in range(4)} == {alone}
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    """Return the objects of a whole stream."""
+    *parts, end = [line.removeprefix("data: ") for line in text.splitlines() if line]
+    assert end == "[DONE]", end
+    return [json.loads(part) for part in parts]
+
+
 def test_what_is_measured_is_given_to_prometheus(served: Deployed) -> None:
     answer = text(served, "bitfit")
     assert answer is not None

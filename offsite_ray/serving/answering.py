@@ -6,15 +6,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from offsite_ray.errors import BusyError, LostError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
     from offsite_ray.serving.asks import Ask, Engines
     from offsite_ray.serving.requests import Piece
+
+_T = TypeVar("_T")
 
 _LOG = logging.getLogger("ray.serve")
 
@@ -23,22 +26,18 @@ _ATTEMPTS = 4
 _AT_ONCE = 8
 """Prompts of one request that are answered at a time, so that it does not take every place."""
 _PAUSE_S = 0.5
-"""Before the next of them; twice as long each time."""
+"""Before the next of them, twice as long each time; and between two tries for a place."""
 
 
 async def whole(engines: Engines, asks: Sequence[Ask]) -> list[Sequence[Piece]]:
     """Return the answers to some prompts; if one cannot be had, the others are given up.
 
     Raises:
+        BusyError: There was no place for any of them.
         OffsiteError: What was raised for one of them.
     """
-    places = asyncio.Semaphore(_AT_ONCE)
-
-    async def complete(ask: Ask) -> Sequence[Piece]:
-        async with places:
-            return await _complete(engines, ask)
-
-    tasks = [asyncio.ensure_future(complete(ask)) for ask in asks]
+    places = _Places()
+    tasks = [asyncio.ensure_future(places.have(partial(_complete, engines, ask))) for ask in asks]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -51,6 +50,7 @@ async def growing(
     """Yield the answers to some prompts as they grow: which prompt, and what is new.
 
     Raises:
+        BusyError: There was no place for any of them.
         OffsiteError: What was raised for one of them.
     """
     if len(asks) == 1:
@@ -58,14 +58,16 @@ async def growing(
             async for pieces in stream:
                 yield 0, pieces
         return
-    places = asyncio.Semaphore(_AT_ONCE)
+    places = _Places()
     news: asyncio.Queue[tuple[int, Sequence[Piece]] | None] = asyncio.Queue()
+
+    async def pass_on(place: int, ask: Ask) -> None:
+        async for pieces in _stream(engines, ask):
+            news.put_nowait((place, pieces))
 
     async def follow(place: int, ask: Ask) -> None:
         try:
-            async with places:
-                async for pieces in _stream(engines, ask):
-                    news.put_nowait((place, pieces))
+            await places.have(partial(pass_on, place, ask))
         finally:
             news.put_nowait(None)
 
@@ -83,6 +85,32 @@ async def growing(
                     task.result()
     finally:
         await _end(tasks)
+
+
+class _Places:
+    """Where the prompts of one request are answered, some at a time.
+
+    A prompt that there is no place for tries again as long as another of them has one, or has had
+    it: what is computed is not thrown away for those that come late.
+    """
+
+    def __init__(self) -> None:
+        self._free = asyncio.Semaphore(_AT_ONCE)
+        self._had = 0
+        """Prompts with a place, or an answer, or that are just asking."""
+
+    async def have(self, answer: Callable[[], Awaitable[_T]]) -> _T:
+        """Return the answer to a prompt; raise :class:`BusyError` where none has a place."""
+        async with self._free:
+            while True:
+                self._had += 1
+                try:
+                    return await answer()
+                except BusyError:
+                    self._had -= 1
+                    if not self._had:
+                        raise
+                await asyncio.sleep(_PAUSE_S)
 
 
 async def _complete(engines: Engines, ask: Ask) -> Sequence[Piece]:
