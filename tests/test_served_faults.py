@@ -73,6 +73,21 @@ def test_a_stream_that_is_cut_off_says_so(two: Deployed) -> None:
     assert two.complete("lora", PROMPT)["choices"][0]["text"]
 
 
+def test_the_health_is_that_of_the_engines(two: Deployed) -> None:
+    def health() -> int:
+        return two.call("GET", "/health", None).status_code
+
+    assert health() == 200
+    two.replicas()[0].kill()
+    time.sleep(1.5)  # what was known before is not heeded any more
+    assert health() == 200
+    for replica in two.replicas():
+        replica.kill()
+    eventually(lambda: health() == 503)
+    eventually(lambda: health() == 200 and len(two.replicas()) == 2, 60)
+    assert two.complete("full", PROMPT)["choices"][0]["text"]
+
+
 def test_the_store_may_die_and_nobody_notices(two: Deployed) -> None:
     before = two.call("GET", "/admin/models").json()
     (victim,) = two.replicas("Store")
@@ -98,12 +113,16 @@ def test_an_engine_that_hangs_is_given_up(tmp_path: Path) -> None:
             engine.suspend()
             try:
                 whole = hanging.call("POST", "/v1/completions", json=asked)
+                ill = hanging.call("GET", "/health", None)
                 events = [first, *filter(None, lines)]
             finally:
                 engine.resume()
         assert whole.status_code == 504, whole.text
         assert whole.json()["error"]["code"] == "timeout"
         assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "timeout"
+        assert ill.status_code == 503, ill.text
+        assert ill.json()["error"]["message"].startswith("no engine answers; ")
+        eventually(lambda: hanging.call("GET", "/health", None).status_code == 200)
         assert hanging.complete("full", PROMPT)["choices"][0]["text"]
 
 

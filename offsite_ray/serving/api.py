@@ -56,6 +56,7 @@ def create_api(front: Front) -> FastAPI:
     async def health() -> dict[str, str]:
         """Say whether requests can be answered; needs no key."""
         _ = front.gate
+        await front.check_engines()
         return {"status": "ok"}
 
     for own in (HTTPException, RequestValidationError):

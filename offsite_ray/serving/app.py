@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 from ray import serve
-from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.schema import LoggingConfig
 
@@ -38,6 +44,10 @@ _LOST = (
     ObjectLostError,
     DeploymentUnavailableError,
 )
+_CHECKS = 3
+"""Engines that are asked whether they work, before it is said that none does."""
+_CHECK_S = 3.0
+"""For all of them together."""
 _MAX_CONNECTIONS = 4096
 """Requests that an ingress has open at a time."""
 
@@ -187,13 +197,17 @@ class _Engines:
 
     async def complete(self, ask: Ask) -> Sequence[Piece]:
         with _told():
-            response = self._handle.complete.remote(ask)
-            try:
-                found: Sequence[Piece] = _opened(await response)
-            except asyncio.CancelledError:
-                response.cancel()  # type: ignore[no-untyped-call]
-                raise
+            found: Sequence[Piece] = _opened(await _ended(self._handle.complete.remote(ask)))
             return found
+
+    async def check(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CHECK_S):
+                for _ in range(_CHECKS):
+                    with contextlib.suppress(*_LOST, RayTaskError):  # another may work
+                        await _ended(self._handle.check_health.remote())
+                        return
+        raise LostError("no engine answers; Serve replaces those that are lost, so ask again")
 
     async def stream(self, ask: Ask) -> AsyncGenerator[Sequence[Piece]]:
         with _told():
@@ -204,6 +218,15 @@ class _Engines:
             except (asyncio.CancelledError, GeneratorExit):
                 response.cancel()
                 raise
+
+
+async def _ended(response: Any) -> Any:
+    """Return what a replica answers; what nobody waits for any more is ended there too."""
+    try:
+        return await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
 
 
 @contextlib.contextmanager

@@ -43,6 +43,9 @@ class Engines(Protocol):
     def stream(self, ask: Ask) -> AsyncGenerator[Sequence[Piece]]:
         """Yield the answer as it grows; errors are those of :meth:`complete`."""
 
+    async def check(self) -> None:
+        """Raise :class:`LostError` where none of them can answer."""
+
 
 class Records(Protocol):
     """The store, as the ingress sees it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from offsite_ray.serving.asks import Engines, Records
 
 _LOG = logging.getLogger("ray.serve")
+
+_CHECKED_S = 1.0
+"""For which it is known whether an engine can answer, however often somebody asks."""
 
 TAKES_A_KEY = Depends(HTTPBearer(auto_error=False, description="The key that you were given"))
 """Of routes, so that the page of the interface asks for one; it is the door that looks at it."""
@@ -49,6 +53,8 @@ class Front:
         self.config, self.engines, self.records = config, engines, records
         self.tokenizer, self.max_positions = tokenizer, max_positions
         self._gate: Gate | None = None
+        self._check: asyncio.Future[None] | None = None
+        self._checked = 0.0
 
     async def refresh(self) -> None:
         """Take over what is served now, and who may use it."""
@@ -66,6 +72,13 @@ class Front:
         result = await self.records.call(method, *given, **named)
         await self.refresh()
         return result
+
+    async def check_engines(self) -> None:
+        """Raise :class:`LostError` where no engine can answer; they are asked once a second."""
+        now = time.monotonic()
+        if self._check is None or (self._check.done() and now - self._checked > _CHECKED_S):
+            self._check, self._checked = asyncio.ensure_future(self.engines.check()), now
+        await asyncio.shield(self._check)
 
     async def follow(self) -> None:
         """Refresh for ever; what was known last counts while the store cannot be asked."""
