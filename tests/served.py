@@ -7,6 +7,7 @@ import contextlib
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +25,8 @@ from tests.tiny_models import save_tiny
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
+
+    from transformers import PreTrainedModel
 
     from offsite_ray.serving.engine import Engine
 
@@ -63,10 +65,25 @@ class Tenants:
     plugged_in: dict[str, Path]
 
 
-def make_tenants(family: str, root: Path, methods: Sequence[str] = METHODS) -> Tenants:
-    """Write a tiny model, and for each method an adapter far from it and its plugged-in model."""
+def make_tenants(
+    family: str,
+    root: Path,
+    methods: Sequence[str] = METHODS,
+    *,
+    full: Path | None = None,
+    noise: float = 0.3,
+) -> Tenants:
+    """Write adapters far from a tiny model, one a method, and its plugged-in models.
+
+    Args:
+        family: Of the model.
+        root: Directory to write to.
+        methods: Fine-tuning methods.
+        full: The model; by default one is written too.
+        noise: How far, as a standard deviation.
+    """
     # With tied embeddings a random model repeats its last token, whoever computes it.
-    full = save_tiny(family, root / "full", tie_word_embeddings=False)
+    full = full or save_tiny(family, root / "full", tie_word_embeddings=False)
     plans = {"full": "1-4-1", "lora": "2-3-1", "bottleneck": "1-4-1", "bitfit": "adapter=0,3,5"}
     adapters, plugged = {}, {}
     for method in methods:
@@ -75,7 +92,7 @@ def make_tenants(family: str, root: Path, methods: Sequence[str] = METHODS) -> T
         bundle = root / f"bundle-{method}"
         compress(CompressConfig(model=str(full), plan=plan, out=str(bundle)))
         adapters[method] = root / f"adapter-{method}"
-        make_adapter(bundle, adapters[method], method=method, noise=0.3)
+        make_adapter(bundle, adapters[method], method=method, noise=noise)
         plugged[method] = root / f"plugged-{method}"
         plug_in(
             PlugInConfig(model=str(full), adapter=str(adapters[method]), out=str(plugged[method]))
@@ -156,9 +173,10 @@ def held(engine: Engine) -> Iterator[None]:
 
 
 @torch.no_grad()
-def generated(directory: Path, prompt: Sequence[int], num_tokens: int) -> list[int]:
-    """Return what stock ``generate`` makes of a prompt, greedily, with a model directory."""
-    model = load_model(directory)
+def generated(model: Path | PreTrainedModel, prompt: Sequence[int], num_tokens: int) -> list[int]:
+    """Return what stock ``generate`` makes of a prompt, greedily, with a model or its directory."""
+    if isinstance(model, Path):
+        model = load_model(model)
     tokens = torch.tensor([list(prompt)])
     ids = model.generate(  # type: ignore[operator]
         tokens,
