@@ -282,13 +282,18 @@ class Router:
         return routed
 
 
+def maps_rows(module: nn.Module) -> bool:
+    """Return whether a module is known to map rows of a batch one by one, with weights."""
+    kind = type(module).__name__
+    return "" in linear_layers(module) or kind.endswith(("RMSNorm", "LayerNorm"))
+
+
 def check_row_wise(name: str, module: nn.Module) -> None:
     """Refuse a module of which it is not known that it maps rows of a batch one by one."""
-    kind = type(module).__name__
-    if not linear_layers(module) and not kind.endswith(("RMSNorm", "LayerNorm")):
+    if not maps_rows(module):
         raise FamilyError(
-            f"{name} is a {kind}, which cannot be computed row by row with weights of several "
-            "tenants; serve the plugged-in model of this adapter by itself"
+            f"{name} is a {type(module).__name__}, which cannot be computed row by row with "
+            "weights of several tenants; serve the plugged-in model of this adapter by itself"
         )
 
 
