@@ -109,6 +109,7 @@ class Engines:
         self._patience_s = config.step_timeout
         records = _Records(store)
         await self._replica.follow_once(records, records.parts)
+        await self._replica.settle()
         self._following = asyncio.ensure_future(self._replica.follow(records, records.parts))
 
     async def complete(self, ask: Ask) -> Sequence[Piece] | OffsiteError:

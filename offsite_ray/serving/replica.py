@@ -10,10 +10,11 @@ import tempfile
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from offsite_ray.errors import LostError, OffsiteError
+from offsite_ray.errors import LostError
 from offsite_ray.serving.requests import Request
 from offsite_ray.serving.routing import BASE
 from offsite_ray.serving.tenants import read_own
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from offsite_ray.serving.asks import Ask, Records
     from offsite_ray.serving.engine import Engine
     from offsite_ray.serving.meters import Meters
+    from offsite_ray.serving.own import Own
     from offsite_ray.serving.registry import Version
     from offsite_ray.serving.requests import Piece
 
@@ -40,6 +42,8 @@ _GRACE_S = 15.0
 an ingress to hear of it."""
 _AGAIN_S = 10.0
 """After which a version that could not be brought is tried again."""
+_AT_ONCE = 4
+"""Versions that are fetched at a time, so that one that comes slowly keeps no other waiting."""
 _COMING_S = 20.0
 """How long a request waits for a version that is not here yet."""
 
@@ -85,6 +89,8 @@ class Replica:
         self.engine, self._full, self._meters = engine, full, meters
         self._revision: int | None = None
         self._known: dict[int, Version] = {}
+        self._coming: dict[int, asyncio.Task[None]] = {}
+        self._places = asyncio.Semaphore(_AT_ONCE)
         self._leaving: dict[int, float] = {}
         self._failed: dict[int, tuple[str, float]] = {}
         """Why a version could not be brought, and when."""
@@ -107,22 +113,24 @@ class Replica:
             await asyncio.sleep(POLL_S)
 
     async def follow_once(self, records: Records, fetch: Fetch) -> None:
-        """Take over what is served now."""
+        """Take over what is served now; new versions come meanwhile."""
         snapshot = await records.snapshot(self._revision)
         if snapshot is not None:
             wanted = {version.number: version for version in snapshot.tenants.values()}
-            complete = True
             for number, version in wanted.items():
                 self._leaving.pop(number, None)
-                if number not in self._known:
-                    pinned = version.tenant in snapshot.pinned
-                    complete &= await self._bring(version, fetch, pinned=pinned)
-                else:
-                    self.engine.residency.pin(number, pinned=version.tenant in snapshot.pinned)
+                pinned = version.tenant in snapshot.pinned
+                if number in self._known:
+                    self.engine.residency.pin(number, pinned=pinned)
+                elif number not in self._coming:
+                    task = asyncio.create_task(self._bring(version, fetch, pinned=pinned))
+                    task.add_done_callback(partial(self._coming.pop, number))
+                    self._coming[number] = task
             for number in self._known.keys() - wanted.keys():
                 self._leaving.setdefault(number, time.monotonic())
-            # What could not be brought is asked for again.
-            self._revision = snapshot.revision if complete else None
+            # What is on its way, or could not be brought, is asked for again.
+            settled = not self._coming and wanted.keys() <= self._known.keys()
+            self._revision = snapshot.revision if settled else None
         for number, since in list(self._leaving.items()):
             if time.monotonic() - since > _GRACE_S:
                 version = self._known.pop(number)
@@ -130,23 +138,24 @@ class Replica:
                 self.engine.residency.remove(number, self.engine.do)
                 _LOG.info("%s version %d is served no more", version.tenant, number)
 
-    async def _bring(self, version: Version, fetch: Fetch, *, pinned: bool) -> bool:
-        """Fetch, verify and add a version; return whether that went well."""
+    async def settle(self) -> None:
+        """Wait for the versions that are on their way."""
+        await asyncio.gather(*self._coming.values())
+
+    async def _bring(self, version: Version, fetch: Fetch, *, pinned: bool) -> None:
+        """Fetch, verify and add a version, unless that failed a moment ago."""
         number = version.number
         said, when = self._failed.get(number, ("", -_AGAIN_S))
         if time.monotonic() - when < _AGAIN_S:
-            return False
+            return
         try:
-            with tempfile.TemporaryDirectory(prefix="offsite-ray-") as scratch:
-                directory = Path(scratch)
-                async for name, part in fetch(number):
-                    await asyncio.to_thread(_append, directory / name, part)
-                own = await asyncio.to_thread(read_own, directory, self._full)
-        except (OffsiteError, OSError) as error:
+            async with self._places:
+                own = await self._fetched(number, fetch)
+        except Exception as error:
             if said != str(error):
                 _LOG.error("%s version %d is not served: %s", version.tenant, number, error)
             self._failed[number] = (str(error), time.monotonic())
-            return False
+            return
         self._failed.pop(number, None)
         self.engine.residency.add(number, own, pinned=pinned)
         async with self._changed:
@@ -154,7 +163,13 @@ class Replica:
             self._changed.notify_all()
         self._meters.loaded(version.tenant)
         _LOG.info("%s version %d (%s) is served", version.tenant, number, version.method)
-        return True
+
+    async def _fetched(self, number: int, fetch: Fetch) -> Own:
+        with tempfile.TemporaryDirectory(prefix="offsite-ray-") as scratch:
+            directory = Path(scratch)
+            async for name, part in fetch(number):
+                await asyncio.to_thread(_append, directory / name, part)
+            return await asyncio.to_thread(read_own, directory, self._full)
 
     async def complete(self, ask: Ask) -> list[Piece]:
         """Return the whole answer; raises what :meth:`stream` raises."""

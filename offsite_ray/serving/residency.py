@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
+_AT_ONCE = 4
+"""Tenants on their way at a time, so that one that comes slowly keeps no other waiting."""
+
 
 @dataclass(kw_only=True, slots=True)
 class _Tenant:
@@ -66,7 +69,7 @@ class Residency:
         self._router, self._max_bytes = router, max_bytes
         self._tenants: dict[int, _Tenant] = {}
         self._lock = threading.RLock()
-        self._bringing = ThreadPoolExecutor(1, thread_name_prefix="bring")
+        self._bringing = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="bring")
         self.num_brought = self.num_evicted = 0
 
     @property
