@@ -32,6 +32,8 @@ def create_api(front: Front) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         following = asyncio.create_task(front.follow())
+        # Serve sends no request before: on a rolling update they wait, and are not turned away.
+        await front.opened()
         yield
         following.cancel()
 

@@ -53,6 +53,7 @@ class Front:
         self.config, self.engines, self.records = config, engines, records
         self.tokenizer, self.max_positions = tokenizer, max_positions
         self._gate: Gate | None = None
+        self._opened = asyncio.Event()
         self._check: asyncio.Future[None] | None = None
         self._checked = 0.0
 
@@ -64,6 +65,7 @@ class Front:
             return
         if self._gate is None:
             self._gate = Gate(snapshot=snapshot, base=self.config.full_model_name)
+            self._opened.set()
         elif snapshot.revision > self._gate.snapshot.revision:  # not one that was overtaken
             self._gate.snapshot = snapshot
 
@@ -88,6 +90,10 @@ class Front:
             except Exception as error:
                 _LOG.warning("cannot ask what is served: %s", error)
             await asyncio.sleep(POLL_S)
+
+    async def opened(self) -> None:
+        """Wait until somebody can be let in."""
+        await self._opened.wait()
 
     @property
     def gate(self) -> Gate:
