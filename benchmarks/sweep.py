@@ -131,7 +131,7 @@ def measure(job: Job, start: float) -> Run:
     config = SweepConfig(
         model=job.model, private=(train,), public=(train,), text=(test,), out=job.out,
         seq_len=128, dtype="bf16", seeds=job.num_trials, max_concurrent=job.concurrent,
-        space=job.space,
+        num_cpus=min(1.0, (os.cpu_count() or 1) / max(1, job.concurrent)), space=job.space,
     )  # fmt: skip
     begun: list[float] = []
 
@@ -272,7 +272,7 @@ def _weighed(args: argparse.Namespace, model: Path) -> list[Job]:
             "finetune": {"method": "lora", "max_steps": 2, "batch_size": 1, "eval_fraction": 0.01},
         },
     )  # fmt: skip
-    return [job, dataclasses.replace(job, concurrent=2)]
+    return [job, *(dataclasses.replace(job, concurrent=count) for count in (2, 4))]
 
 
 def _result(args: argparse.Namespace, runs: list[Run]) -> Mapping[str, Any]:

@@ -65,21 +65,31 @@ def _memory(result: Mapping[str, Any]) -> list[str]:
             f"| {concurrent} | {run['start_bytes'] / _MIB:.0f} MiB | "
             f"{run['peak_bytes'] / _MIB:.0f} MiB |"
         )
-    grown = runs[2]["peak_bytes"] - runs[1]["peak_bytes"]
-    beyond = grown - runs[2]["start_bytes"]
-    emulator = runs[2]["bundle_bytes"]
+    emulator = runs[1]["bundle_bytes"]
     return [
         f"Memory, with a model of the same {result['plan']} of width {result['hidden']} whose "
-        f"weights take {runs[2]['full_model_bytes'] / _MIB:.0f} MiB and an emulator's "
+        f"weights take {runs[1]['full_model_bytes'] / _MIB:.0f} MiB and an emulator's "
         f"{emulator / _MIB:.0f} MiB, fine-tuned by LoRA; a page that n processes share counts 1/n "
         "for each:",
         "",
         *lines,
         "",
-        f"The second trial takes {grown / _MIB:.0f} MiB, which is {beyond / _MIB:.0f} MiB beyond "
-        f"its process with Python and torch: {beyond / emulator:.2f} copies of the emulator, "
-        f"and may take 1 ({_met(beyond <= emulator)}).",
+        " ".join(
+            _growth(runs[1], run, concurrent) for concurrent, run in runs.items() if concurrent > 1
+        ),
     ]
+
+
+def _growth(one: Mapping[str, float], run: Mapping[str, float], concurrent: int) -> str:
+    """Return what a further trial takes, the mean of those beside the first."""
+    grown = (run["peak_bytes"] - one["peak_bytes"]) / (concurrent - 1)
+    beyond, emulator = grown - run["start_bytes"], run["bundle_bytes"]
+    return (
+        f"Of {concurrent} at a time, each but the first takes {grown / _MIB:.0f} MiB, which is "
+        f"{beyond / _MIB:.0f} MiB beyond its process with Python and torch: "
+        f"{beyond / emulator:.2f} copies of the emulator, and may take 1 "
+        f"({_met(beyond <= emulator)})."
+    )
 
 
 def _name(concurrent: int, threads: int) -> str:
