@@ -55,11 +55,13 @@ def embedded_ray(num_workers: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def serving_ray(num_replicas: int, num_cpus: float, num_gpus: float) -> Iterator[str | None]:
+def serving_ray(
+    num_replicas: tuple[int, int], num_cpus: float, num_gpus: float
+) -> Iterator[str | None]:
     """Use the Ray cluster at hand, or run one in this process while something is served.
 
     Args:
-        num_replicas: That there may be.
+        num_replicas: That there are at least, and at most.
         num_cpus: Of a replica.
         num_gpus: Of a replica.
 
@@ -67,23 +69,25 @@ def serving_ray(num_replicas: int, num_cpus: float, num_gpus: float) -> Iterator
         The directory of Ray's logs on this node, if it is known.
 
     Raises:
-        ConfigError: The cluster can never hold a replica.
+        ConfigError: The cluster can never hold the replicas that there are at least.
     """
     import ray
 
-    logs = None
-    if not ray.is_initialized():
+    logs, (least, most), ours = None, num_replicas, not ray.is_initialized()
+    if ours:
         # Store and ingress take none, and Serve's own actors next to none.
         local: dict[str, Any] = {
-            "num_cpus": max(math.ceil(num_replicas * num_cpus) + 1, os.cpu_count() or 1),
+            "num_cpus": max(math.ceil(most * num_cpus) + 1, os.cpu_count() or 1),
         }
         logs = os.path.join(_start(**local).address_info["session_dir"], "logs")
     try:
-        _check_there("a replica needs", num_cpus, "CPU", "--num-cpus")
-        _check_there("a replica needs", num_gpus, "GPU", "--num-gpus")
+        who = "a replica needs" if least == 1 else f"{least} replicas need"
+        _check_there(who, least * num_cpus, "CPU", "--num-cpus")
+        _check_there(who, least * num_gpus, "GPU", "--num-gpus")
         yield logs
     finally:
-        ray.shutdown()
+        if ours:
+            ray.shutdown()
 
 
 def _start(**local: Any) -> Any:

@@ -18,9 +18,11 @@ from offsite_ray.serving.queue import FairQueue
 from offsite_ray.serving.requests import Request, Sampling
 from offsite_ray.serving.tenants import read_own
 from tests.served import Tenants, ask, generated, held, make_tenants, serve
+from tests.tiny_models import save_tiny
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from offsite_ray.serving.engine import Engine
 
@@ -167,7 +169,8 @@ def test_what_cannot_be_answered_is_refused_and_harms_nobody(
 def test_a_full_queue_refuses(served: tuple[Engine, dict[str, int]]) -> None:
     engine, numbers = served
     with held(engine):
-        waiting = [ask(engine, numbers["full"], PROMPT, max_tokens=2) for _ in range(6)]
+        # four for the rows, which are free, and six behind them
+        waiting = [ask(engine, numbers["full"], PROMPT, max_tokens=2) for _ in range(10)]
         with pytest.raises(BusyError, match="all places are taken"):
             ask(engine, numbers["full"], PROMPT)
         # Who has none there gets the last place of who has most; the second one no more.
@@ -176,7 +179,7 @@ def test_a_full_queue_refuses(served: tuple[Engine, dict[str, int]]) -> None:
             ask(engine, numbers["lora"], PROMPT)
     assert all(answer.done.wait(30) for answer in (*waiting, *others))
     assert [answer.finish() for answer in (*waiting, *others)] == [
-        *["length"] * 4, "busy", "busy", "length", "length"
+        *["length"] * 8, "busy", "busy", "length", "length"
     ]  # fmt: skip
     later = ask(engine, numbers["full"], PROMPT, max_tokens=2)
     assert later.done.wait(30)
@@ -225,6 +228,30 @@ def test_a_failing_step_is_told_and_the_engine_goes_on(
     assert after.done.wait(30)
     assert len(after.tokens()) == 3
     assert engine.is_healthy()
+
+
+def test_an_engine_that_fails_at_every_request_is_not_healthy_however_seldom_they_come(
+    served: tuple[Engine, dict[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, numbers = served
+    monkeypatch.setattr(engine._batch._model, "forward", lambda *_: 1 / 0)
+    for _ in range(3):
+        assert engine.is_healthy()
+        assert ask(engine, numbers["full"], PROMPT).done.wait(30)
+        with held(engine):  # a step without work
+            pass
+    wait_until(lambda: not engine.is_healthy())
+
+
+def test_a_prompt_of_several_parts_is_computed_whatever_their_size(tmp_path: Path) -> None:
+    full = save_tiny("gpt2", tmp_path / "full", tie_word_embeddings=False, max_position_embeddings=400)
+    tenants = make_tenants("gpt2", tmp_path, ["full"], full=full)
+    engine, numbers = serve(tenants, Limits(prefill_tokens=100, cache_tokens=2048))
+    prompt = [(7 * number) % 90 + 3 for number in range(350)]
+    answer = ask(engine, numbers["full"], prompt, max_tokens=8, ignore_eos=True)
+    assert answer.done.wait(60)
+    assert answer.tokens() == generated(tenants.plugged_in["full"], prompt, 8)
+    engine.stop()
 
 
 def test_a_version_is_removed_once_its_last_request_is_answered(

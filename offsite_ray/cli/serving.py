@@ -46,8 +46,9 @@ def serve(config: ServeConfig, notice: Callable[[str], None]) -> Outcome:
     application = _application(config)
     stack = contextlib.ExitStack()
     try:
-        needs = (config.max_replicas, config.num_cpus, config.num_gpus)
-        logs = stack.enter_context(serving_ray(*needs))
+        replicas = (config.min_replicas, config.max_replicas)
+        num_gpus = max(1.0, config.num_gpus) if config.engine == "vllm" else config.num_gpus
+        logs = stack.enter_context(serving_ray(replicas, config.num_cpus, num_gpus))
         notice(f"starting {config.model} on Ray Serve")
         stack.callback(_shut_down, config, notice)
         url = _run(application, config)

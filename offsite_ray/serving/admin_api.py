@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from offsite_ray.serving.registry import Version
 
 _PART_BYTES = 4 << 20
+Names = Annotated[list[Annotated[str, Field(max_length=200)]], Field(fail_fast=True)]
 
 
 class NewKey(BaseModel):
@@ -26,9 +27,9 @@ class NewKey(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    label: Annotated[str, Field(min_length=1, max_length=100)]
+    label: Annotated[str, Field(min_length=1, max_length=100, pattern="^[^/]*$")]
     """By which people know it."""
-    models: list[str] = []
+    models: Names = []
     """That it may see and use."""
     admin: bool = False
     per_minute: Annotated[int | None, Field(ge=1)] = None
@@ -40,7 +41,7 @@ class Models(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    models: list[str]
+    models: Names
 
 
 def admin_routes(front: Front) -> APIRouter:

@@ -142,12 +142,15 @@ class WindowCache(Cache):
             first = first - torch.tensor(padding)
         return (first[:, None] + torch.arange(num_new)).clamp_min(0)
 
+    def make_room(self, num_new: int) -> None:
+        """Have room for the columns that the next forward writes."""
+        self._make_room(self.num_rows, num_new)
+
     def advance(self, num_new: int, padding: Sequence[int] | None = None) -> None:
-        """Count the columns that a forward has written, and have room for another."""
+        """Count the columns that a forward has written."""
         for row in range(self.num_rows):
             self.window.lengths[row] += num_new - (padding[row] if padding is not None else 0)
         self.window.end += num_new
-        self._make_room(self.num_rows, 1)
 
     def join(self, other: WindowCache, rows: Sequence[int]) -> None:
         """Add rows of another cache, copied."""

@@ -22,6 +22,8 @@ def check_servable(config: ApplicationConfig) -> None:
     from pathlib import Path
 
     full = open_full_model(config.model)
-    check_parent(Path(config.state) / "registry.sqlite")
-    for path in config.adapters().values():
-        read_own(path, full)
+    registry = Path(config.state) / "registry.sqlite"
+    check_parent(registry)
+    for path in map(Path, config.adapters().values()):
+        if path.is_dir() or not registry.exists():  # the store knows what it has taken in
+            read_own(path, full)

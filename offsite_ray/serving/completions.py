@@ -133,6 +133,11 @@ def _prompts(front: Front, given: Any) -> list[tuple[int, ...]]:
         given = [given]
     if not 0 < len(given) <= _MAX_PROMPTS:
         raise RequestError(f"prompt takes 1 to {_MAX_PROMPTS} texts, not {len(given)}", "prompt")
+    longest = max((len(prompt) for prompt in given if not isinstance(prompt, str)), default=0)
+    if longest > front.config.max_prompt:
+        raise RequestError(
+            f"prompt has {longest} tokens; up to {front.config.max_prompt} are allowed", "prompt"
+        )
     return [_tokens(front, text) if isinstance(text, str) else tuple(text) for text in given]
 
 

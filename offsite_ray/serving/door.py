@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("ray.serve")
 
-_MAX_BODY = 16 << 20
+_MAX_BODY = 4 << 20
 """Bytes of a request, but for uploads, which count their own."""
 _MAX_ID = 64
 _CLOSED = ("/v1/", "/admin/")
@@ -61,7 +61,7 @@ class Door:
         # Serve's proxy makes an id where the client has none, and tells it in the answer.
         visit.state["id"] = request.headers.get("x-request-id", "")[:_MAX_ID] or uuid.uuid4().hex
 
-        is_upload = scope["method"] == "PUT" and scope["path"].startswith("/admin/models/")
+        is_upload = scope["method"] == "PUT" and _route(scope).startswith("/admin/models/")
 
         async def limited() -> Message:
             message = await receive()
@@ -97,12 +97,18 @@ class Door:
             DeniedError: Nobody whom there is a key of.
             RateError: The key has sent too much.
         """
-        if not request.url.path.startswith(_CLOSED):
+        if not _route(request.scope).startswith(_CLOSED):
             return
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         given = token.strip() if scheme.lower() == "bearer" else None
         request.state.caller = self._front.gate.bearer(given)
         request.state.key = request.state.caller.label
+
+
+def _route(scope: Scope) -> str:
+    """Return the path behind the prefix under which Serve has the application."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _log(request: Request, visit: _Visit) -> None:

@@ -137,7 +137,8 @@ class Engine:
             if self._stopping:
                 raise BusyError("the service has ended; ask again")
             displaced = None
-            if len(self._queue) >= self.limits.max_queue:
+            free = max(0, self.limits.max_rows - self.num_running)
+            if len(self._queue) >= self.limits.max_queue + free:
                 displaced = self._queue.displaced_by(request.tenant)
                 if displaced is None:
                     raise BusyError(_BUSY)
@@ -199,9 +200,11 @@ class Engine:
         try:
             self._batch.drop_cancelled()
             self._let_in()
+            works = self._batch.num_rows > 0
             self._batch.prefill()
             self._batch.decode()
-            self._failed_steps = 0
+            if works:  # a step without work says nothing of the model
+                self._failed_steps = 0
         except Exception:
             # Whatever it was, the thread goes on: those whose rows were computed are told.
             _LOG.exception("a step of the engine failed")
@@ -280,12 +283,6 @@ def check(request: Request, bounds: Bounds, limits: Limits) -> None:
     prompt, sampling = request.prompt, request.sampling
     if not prompt:
         raise RequestError("the prompt has no token; give at least one", "prompt")
-    if not all(0 <= token < bounds.vocab_size for token in prompt):
-        raise RequestError(
-            f"the prompt has a token that is not below {bounds.vocab_size}, the size of the "
-            "vocabulary",
-            "prompt",
-        )
     for name, value, most in (
         ("prompt", len(prompt), limits.max_prompt),
         ("max_tokens", sampling.max_tokens, limits.max_output),
@@ -293,6 +290,12 @@ def check(request: Request, bounds: Bounds, limits: Limits) -> None:
     ):
         if value > most:
             raise RequestError(f"{name} takes {value}; up to {most} are allowed", name)
+    if not all(0 <= token < bounds.vocab_size for token in prompt):
+        raise RequestError(
+            f"the prompt has a token that is not below {bounds.vocab_size}, the size of the "
+            "vocabulary",
+            "prompt",
+        )
     most = min(bounds.max_positions, limits.cache_tokens // sampling.n)
     if _most_tokens(request) > most:
         raise RequestError(

@@ -79,6 +79,7 @@ class BatchModel:
         if self._takes_positions:
             given["position_ids"] = cache.positions(width, padding).to(self.device)
         self.router.expect(tenants)
+        cache.make_room(width)
         logits: Tensor = self._model(**given).logits
         cache.advance(width, padding)
         return (logits if every else logits[:, -1:]).float()

@@ -61,6 +61,11 @@ class Own:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors())
 
+    @property
+    def num_elements(self) -> int:
+        """Numbers in all tensors."""
+        return sum(tensor.numel() for tensor in self.tensors())
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Own:
         """Return the same on a device and in the model's dtype."""
 

@@ -10,14 +10,26 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from offsite_ray.errors import RequestError
 from offsite_ray.serving.requests import Sampling
 
-Stop = str | list[str] | None
+# A client is told of the first thing that is wrong: a list has millions of others.
+Text = Annotated[str, Field(max_length=2**22)]
+Stop = Text | Annotated[list[Text], Field(max_length=4, fail_fast=True)] | None
 Token = Annotated[int, Field(ge=0, lt=2**31)]
+Texts = Annotated[list[Text], Field(fail_fast=True)]
+Tokens = Annotated[list[Token], Field(fail_fast=True)]
+Prompts = Annotated[list[Tokens], Field(fail_fast=True)]
+_MAX_KEYS = 64
 
 
 def _only(*harmless: Any) -> BeforeValidator:
@@ -39,10 +51,21 @@ _MAX_QUOTED = 100
 """Characters of a value."""
 
 
-class _Asked(BaseModel):
-    """Fields that both kinds of completion have."""
+class _Strict(BaseModel):
+    """An object of which every field is known."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > _MAX_KEYS:
+            raise PydanticCustomError("too_many", "an object may have {n} keys", {"n": _MAX_KEYS})
+        return value
+
+
+class _Asked(_Strict):
+    """Fields that both kinds of completion have."""
 
     model: Annotated[str, Field(max_length=200)]
     max_tokens: Annotated[int | None, Field(ge=1)] = None
@@ -55,12 +78,12 @@ class _Asked(BaseModel):
     stop: Stop = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    user: str | None = None
-    metadata: dict[str, str] | None = None
+    user: Any = None
+    metadata: Any = None
     store: Annotated[None, _only(False)] = None
     frequency_penalty: Annotated[None, _only(0)] = None
     presence_penalty: Annotated[None, _only(0)] = None
-    logit_bias: dict[str, Annotated[None, _only(0)]] | None = None
+    logit_bias: Annotated[None, _only({})] = None
 
     def _sampling(self, max_tokens: int, **given: Any) -> Sampling:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -76,10 +99,8 @@ class _Asked(BaseModel):
         )
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(_Strict):
     """What a stream ends with."""
-
-    model_config = ConfigDict(extra="forbid")
 
     include_usage: bool | None = False
     include_obfuscation: Annotated[None, _only(False)] = None
@@ -88,7 +109,7 @@ class StreamOptions(BaseModel):
 class CompletionRequest(_Asked):
     """``POST /v1/completions``."""
 
-    prompt: str | list[str] | list[Token] | list[list[Token]]
+    prompt: Text | Annotated[list[Text], Field(fail_fast=True)] | Tokens | Prompts
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     echo: bool | None = False
     suffix: Annotated[None, _only("")] = None
@@ -99,22 +120,18 @@ class CompletionRequest(_Asked):
         return self._sampling(self.max_tokens or 16, logprobs=self.logprobs, echo=bool(self.echo))
 
 
-class Part(BaseModel):
+class Part(_Strict):
     """A piece of what somebody says."""
-
-    model_config = ConfigDict(extra="forbid")
 
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
+class Message(_Strict):
     """A turn of a conversation."""
 
-    model_config = ConfigDict(extra="forbid")
-
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: Text | Annotated[list[Part], Field(fail_fast=True)]
     name: str | None = None
     # An answer that a client sends back as it got it has these.
     refusal: Annotated[None, _only()] = None
@@ -133,7 +150,7 @@ class Message(BaseModel):
 class ChatRequest(_Asked):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1024, fail_fast=True)]
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None

@@ -150,11 +150,16 @@ class Registry:
             )
         return self._version(int(number or 0))
 
-    def was_seeded(self, tenant: str, id: str) -> bool:
-        """Return whether an adapter bundle of the configuration has been taken in before."""
+    def was_seeded(self, tenant: str, id: str | None = None) -> bool:
+        """Return whether an adapter bundle of the configuration has been taken in before.
+
+        Args:
+            tenant: Whose it is.
+            id: Of the bundle; any, where none is given.
+        """
         with self._lock:
             row = self._db.execute(
-                "select 1 from seeds where tenant = ? and id = ?", (tenant, id)
+                "select 1 from seeds where tenant = ? and id = ifnull(?, id)", (tenant, id)
             ).fetchone()
         return row is not None
 

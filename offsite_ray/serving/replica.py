@@ -195,12 +195,12 @@ class Replica:
         with self._meters.watch(ask) as watch:
             self.engine.submit(request)
             try:
-                while answer.left:
+                while answer.left > 0:
                     pieces = await answer.take()
                     watch.told(pieces)
                     yield pieces
             finally:
-                if answer.left:
+                if answer.left > 0:
                     self.engine.cancel(request)
 
     async def _wait_for(self, number: int) -> None:

@@ -76,7 +76,7 @@ class Residency:
     def bytes_here(self) -> int:
         """Bytes of the tenants that are in the model."""
         with self._lock:
-            return sum(tenant.own.nbytes for tenant in self._tenants.values() if tenant.here)
+            return sum(self._bytes(tenant) for tenant in self._tenants.values() if tenant.here)
 
     def add(self, number: int, own: Own, *, pinned: bool = False) -> None:
         """Know a tenant from now on.
@@ -103,9 +103,10 @@ class Residency:
         """Take no request for a tenant any more; done when the last one is answered."""
         with self._lock:
             tenant = self._tenants[number]
-            tenant.gone = tenant.gone or Future()
-            do(self._remove_unused)
-            return tenant.gone
+            gone = tenant.gone = tenant.gone or Future()
+        # Not under the lock: the engine's thread asks for it while it holds its own.
+        do(self._remove_unused)
+        return gone
 
     def hold(self, number: int) -> None:
         """Count a request for a tenant; raise :class:`RequestError` where there is none."""
@@ -156,7 +157,7 @@ class Residency:
             tenant = self._tenants[number]
             if tenant.here or tenant.coming:
                 return "here" if tenant.here else "coming"
-            if not self._make_room(tenant.own.nbytes):
+            if not self._make_room(self._bytes(tenant)):
                 return "full"
             tenant.coming = True
             self._bringing.submit(self._bring, number, do)
@@ -202,7 +203,7 @@ class Residency:
         """
         if self._max_bytes is None:
             return True
-        held = sum(t.own.nbytes for t in self._tenants.values() if t.here or t.coming)
+        held = sum(self._bytes(t) for t in self._tenants.values() if t.here or t.coming)
         idle = [
             (tenant.used, number)
             for number, tenant in self._tenants.items()
@@ -214,9 +215,13 @@ class Residency:
             self._router.remove(number)
             self._tenants[number].here = False
             self.num_evicted += 1
-            held -= self._tenants[number].own.nbytes
+            held -= self._bytes(self._tenants[number])
         left = [t for t in self._tenants.values() if t.here or t.coming]
         return held + nbytes <= self._max_bytes or all(t.pinned and t.here for t in left)
+
+    def _bytes(self, tenant: _Tenant) -> int:
+        """Return what a tenant takes in the model, in whose dtype it is there."""
+        return tenant.own.num_elements * self._router.model.dtype.itemsize
 
     def _remove_unused(self) -> None:
         with self._lock:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offsite_ray.adapter import open_adapter
-from offsite_ray.bundle import alone, storage_errors, sync
+from offsite_ray.bundle import alone, read_manifest, storage_errors, sync
 from offsite_ray.emulator import open_full_model
-from offsite_ray.errors import OffsiteError, RegistryError, StorageError
+from offsite_ray.errors import ConfigError, OffsiteError, RegistryError, StorageError
 from offsite_ray.serving.registry import Registry, hash_of
 from offsite_ray.serving.tenants import own_of
 from offsite_ray.serving.uploads import Uploads
@@ -56,6 +56,10 @@ class Store:
         with storage_errors(root):
             self.registry = Registry(root)
             self.uploads = Uploads(root / "uploads", int(config.max_upload_gib * 2**30))
+        if self._full_model_name in self.registry.snapshot().tenants:
+            raise ConfigError(
+                f"full_model_name={self._full_model_name!r} is the name of a tenant; choose another"
+            )
         self._verifying = threading.Lock()
         self._let_admin_in(Path(config.admin_key_file or root / "admin.key"))
         for name, path in config.adapters().items():
@@ -127,10 +131,10 @@ class Store:
         )
 
     def _seed(self, name: str, path: Path) -> None:
-        if not path.is_dir() and self.registry.versions(name):
-            _LOG.warning("%s is gone; %s is served as it was taken in", path, name)
+        if not path.is_dir() and self.registry.was_seeded(name):
+            _LOG.warning("%s is gone; %s is as it was taken in and left", path, name)
             return
-        identity = open_adapter(path).manifest.id
+        identity = read_manifest(path).id
         if self.registry.was_seeded(name, identity):
             return
         copy = self.uploads.root / f"seed-{name}"

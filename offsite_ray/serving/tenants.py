@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from offsite_ray.adapter import AdapterBundle, open_adapter
-from offsite_ray.architectures import block_parameters
+from offsite_ray.architectures import block_parameters, empty_model
 from offsite_ray.architectures.bottleneck import BOTTLENECK_NAME
 from offsite_ray.emulator import check_fits
 from offsite_ray.errors import ConfigError, unknown_name
@@ -15,6 +15,7 @@ from offsite_ray.finetuning.lora import read_lora
 from offsite_ray.finetuning.methods import bottleneck_tensors, finetuning_method
 from offsite_ray.finetuning.writing import checked_replacements
 from offsite_ray.serving.own import Net, Own, Pair
+from offsite_ray.serving.routing import check_row_wise
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,12 +40,20 @@ def read_own(directory: str | Path, full: FullModel) -> Own:
 
 
 def own_of(adapter: AdapterBundle, full: FullModel) -> Own:
-    """Return what a verified adapter bundle has of its own; see :func:`read_own`."""
+    """Return what a verified adapter bundle has of its own; see :func:`read_own`.
+
+    Raises:
+        FamilyError: Rows of several tenants cannot be computed in one of its modules.
+    """
     check_fits(adapter.path, adapter.manifest, full, full.weights.files, from_memory=True)
     host = host_of_full_model(full, adapter.plan)
     if adapter.method not in _READERS:
         raise ConfigError(unknown_name("fine-tuning method", adapter.method, _READERS))
-    return _READERS[adapter.method](adapter, host)
+    own = _READERS[adapter.method](adapter, host)
+    model = empty_model(full.config)
+    for name in own.modules - set(own.nets):
+        check_row_wise(name, model.get_submodule(name))
+    return own
 
 
 def _parameters(adapter: AdapterBundle, host: Host) -> dict[str, dict[str, Tensor]]:
