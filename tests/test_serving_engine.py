@@ -244,7 +244,9 @@ def test_an_engine_that_fails_at_every_request_is_not_healthy_however_seldom_the
 
 
 def test_a_prompt_of_several_parts_is_computed_whatever_their_size(tmp_path: Path) -> None:
-    full = save_tiny("gpt2", tmp_path / "full", tie_word_embeddings=False, max_position_embeddings=400)
+    full = save_tiny(
+        "gpt2", tmp_path / "full", tie_word_embeddings=False, max_position_embeddings=400
+    )
     tenants = make_tenants("gpt2", tmp_path, ["full"], full=full)
     engine, numbers = serve(tenants, Limits(prefill_tokens=100, cache_tokens=2048))
     prompt = [(7 * number) % 90 + 3 for number in range(350)]
