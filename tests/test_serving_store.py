@@ -25,11 +25,10 @@ def tenants(tmp_path_factory: pytest.TempPathFactory) -> Tenants:
     return make_tenants("gpt2", tmp_path_factory.mktemp("tenants"), ["lora"])
 
 
-def config(tenants: Tenants, root: Path, **given: str) -> ApplicationConfig:
+def config(tenants: Tenants, root: Path) -> ApplicationConfig:
     return ApplicationConfig(
-        model=str(tenants.full), adapter=(f"acme={root / 'adapter'}",), state=str(root / "state"),
-        **given,
-    )  # fmt: skip
+        model=str(tenants.full), adapter=(f"acme={root / 'adapter'}",), state=str(root / "state")
+    )
 
 
 @pytest.fixture
