@@ -6,8 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
+from offsite_ray.serving.failures import failure_of
 from offsite_ray.serving.protocol import ChatRequest, CompletionRequest
 
 SAID: list[dict[str, Any]] = [{"role": "user", "content": "hi"}]
@@ -93,3 +95,27 @@ def test_a_client_is_told_of_a_few_mistakes_however_many_it_makes(given: dict[st
     with pytest.raises(ValidationError) as refused:
         kind.model_validate({"model": "acme", **given})
     assert len(refused.value.errors()) < 10
+
+
+@pytest.mark.parametrize(
+    ("given", "place", "said"),
+    [
+        ({"prompt": 5}, "prompt", "valid string"),
+        ({"prompt": ["a", 5]}, "prompt.1", "valid string"),
+        ({"prompt": [5, -1]}, "prompt.1", "greater than or equal to 0"),
+        ({"prompt": [[1, 2], [-1]]}, "prompt.1.0", "greater than or equal to 0"),
+        ({"stop": [1]}, "stop.0", "valid string"),
+        ({"no_such_field": 1}, "no_such_field", "not permitted"),
+    ],
+)
+def test_a_client_is_told_where_its_mistake_is(
+    given: dict[str, Any], place: str, said: str
+) -> None:
+    with pytest.raises(ValidationError) as refused:
+        CompletionRequest.model_validate({"model": "acme", "prompt": "x", **given})
+    # As FastAPI hands them on.
+    errors = [{**error, "loc": ("body", *error["loc"])} for error in refused.value.errors()]
+    told = failure_of(RequestValidationError(errors)).body["error"]
+    assert told["param"] == place
+    assert told["message"].startswith(f"{place}: ")
+    assert said in told["message"]

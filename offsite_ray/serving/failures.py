@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,9 +81,8 @@ def failure_of(error: BaseException, where: str = "") -> Failure:
     if isinstance(error, HTTPException):
         return _refusal(f"{where}: {error.detail}", status=error.status_code)
     if isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"] if part != "body")
-        return _refusal(f"{field}: {first['msg']}" if field else first["msg"], param=field or None)
+        field, words = _what_is_wrong(error)
+        return _refusal(f"{field}: {words}" if field else words, param=field or None)
     row = next(row for row in _ROWS if isinstance(error, row.error))
     message, headers = str(error), {}
     if isinstance(error, TimeoutError):
@@ -100,6 +100,16 @@ def failure_of(error: BaseException, where: str = "") -> Failure:
         body=error_object(message, row.kind, param=param, code=row.code),
         headers=headers,
     )
+
+
+def _what_is_wrong(error: RequestValidationError) -> tuple[str, str]:
+    """Return the field that is wrong and what is: of all that a value may be, the nearest."""
+    nearest = max(
+        error.errors(), key=lambda one: (len(one["loc"]), not one["type"].endswith("_type"))
+    )
+    places = [str(part) for part in nearest["loc"] if part != "body"]
+    # Where a value may be of several types, their names stand between those of the fields.
+    return ".".join(place for place in places if re.fullmatch(r"\w+", place)), nearest["msg"]
 
 
 def _refusal(message: str, *, param: str | None = None, status: int = 400) -> Failure:

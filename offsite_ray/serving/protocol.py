@@ -24,8 +24,7 @@ from offsite_ray.serving.requests import Sampling
 
 # A client is told of the first thing that is wrong: a list has millions of others.
 Text = Annotated[str, Field(max_length=2**22)]
-Stop = Text | Annotated[list[Text], Field(max_length=4, fail_fast=True)] | None
-Token = Annotated[int, Field(ge=0, lt=2**31)]
+Token = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 Texts = Annotated[list[Text], Field(fail_fast=True)]
 Tokens = Annotated[list[Token], Field(fail_fast=True)]
 Prompts = Annotated[list[Tokens], Field(fail_fast=True)]
@@ -75,7 +74,7 @@ class _Asked(_Strict):
     """Not OpenAI's; 0 takes all tokens."""
     n: Annotated[int | None, Field(ge=1, le=16)] = 1
     seed: int | None = None
-    stop: Stop = None
+    stop: Text | Texts | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: Any = None
@@ -109,7 +108,7 @@ class StreamOptions(_Strict):
 class CompletionRequest(_Asked):
     """``POST /v1/completions``."""
 
-    prompt: Text | Annotated[list[Text], Field(fail_fast=True)] | Tokens | Prompts
+    prompt: Text | Texts | Tokens | Prompts
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     echo: bool | None = False
     suffix: Annotated[None, _only("")] = None
