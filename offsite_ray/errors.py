@@ -63,6 +63,15 @@ class ClusterError(OffsiteError):
     exit_status = 1
 
 
+class JobError(ClusterError):
+    """A job that did not come to a good end; this process ends as it did."""
+
+    def __init__(self, message: str, exit_status: int = 1) -> None:
+        """Say what is wrong, and with which status the job ended."""
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
 class TrainingError(OffsiteError):
     """A run that cannot go on: a worker lost, an engine that failed."""
 

@@ -45,6 +45,7 @@ ON_RAY = frozenset(
         "served_deploy",
         "served_faults",
         "served_page",
+        "submit",
         "sweep_on_ray",
         "teacher_cache",
         "train",

@@ -68,8 +68,8 @@ def test_without_a_verb_the_verbs_are_listed_in_the_order_of_the_loop(
     lines = capsys.readouterr().out.splitlines()
     listed = [line.split()[0] for line in lines if line.startswith("  ") and "--" not in line]
     order = (
-        "compress unpack prepare distill finetune plug-in evaluate sweep serve estimate inspect "
-        "verify demo"
+        "compress unpack prepare distill finetune plug-in evaluate sweep serve submit estimate "
+        "inspect verify demo"
     )
     assert " ".join(listed) == " ".join(VERBS) == order
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from offsite_ray import config as configs
-from offsite_ray.cli.arguments import Request, help_text, parse
+from offsite_ray.cli.arguments import POSITIONALS, Request, help_text, parse
 from offsite_ray.cli.fields import fields_of
 from offsite_ray.cli.verbs import VERBS
 from offsite_ray.errors import ConfigError, OffsiteError, StorageError
@@ -47,7 +47,8 @@ def test_help_names_every_field_with_its_text_and_default(name: str) -> None:
     text = help_text(VERBS[name])
     for field in fields_of(VERBS[name].config).values():
         assert field.help, f"{field.name} has no text below it"
-        assert (field.name.upper() if field.name == "path" else field.flag) in text
+        is_flag = field.name not in POSITIONALS and not field.given
+        assert (field.flag if is_flag else field.given or field.name.upper()) in text
         if isinstance(field.default, int | str) and not isinstance(field.default, bool):
             assert f"(default: {field.default})" in " ".join(text.split())
 

@@ -5,12 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import secrets
 import signal
 import subprocess
-import sys
-import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,16 +17,13 @@ import pytest
 import requests
 import yaml
 
+from tests.clusters import BIN, LONG_S, ROOT, Head, answers, environment, running_head
 from tests.deployed import eventually, free_port, make_served
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.served import Tenants
-
-ROOT = Path(__file__).resolve().parents[1]
-BIN = Path(sys.executable).parent
-LONG_S = 180.0
 
 
 def config_file(
@@ -58,18 +51,6 @@ def config_file(
         application["deployments"] = [{"name": "Engines", **options}]
     file.write_text(yaml.safe_dump(plain))
     return file
-
-
-def answers(url: str, headers: dict[str, str] | None = None) -> bool:
-    try:
-        return requests.get(url, headers=headers, timeout=5).ok
-    except requests.RequestException:
-        return False
-
-
-def environment(**more: str) -> dict[str, str]:
-    given = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    return {**given, "PYTHONPATH": str(ROOT), **more}
 
 
 @dataclass(kw_only=True)
@@ -146,22 +127,11 @@ def test_a_config_file_is_run_by_serve_itself(tmp_path: Path) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """A Ray that was started by its own command, and what its other commands need."""
+class Cluster(Head):
+    """A head that serves."""
 
-    dashboard: str
-    token: str
     port: int
     """Of Serve's HTTP."""
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.token}"}
-
-    @property
-    def environment(self) -> dict[str, str]:
-        # Ray wants a token as soon as one is in the home directory, where any ray.init may put it.
-        return environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=self.token)
 
     def deploy(self, file: Path) -> Client:
         """Deploy a config file; return a client once somebody answers, old or new."""
@@ -185,26 +155,8 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Run ``ray start``, whose every file, by which others would find it too, is in one place."""
-    dashboard, agent = free_port(), free_port()
-    found = Cluster(
-        dashboard=f"http://127.0.0.1:{dashboard}", token=secrets.token_hex(32), port=free_port()
-    )
-    # Not below pytest's directory: the paths of sockets would be too long.
-    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as scratch:
-        process = subprocess.Popen(
-            [BIN / "ray", "start", "--head", "--block", f"--temp-dir={scratch}", "--port=0",
-             f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
-             "--include-dashboard=true", "--num-cpus=4", "--disable-usage-stats"],
-            env={**found.environment, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"},
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        try:
-            eventually(lambda: answers(f"{found.dashboard}/api/version", found.headers), LONG_S)
-            yield found
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
+    with running_head("--num-cpus=4") as head:
+        yield Cluster(**vars(head), port=free_port())
 
 
 def test_a_rolling_update_loses_no_request(cluster: Cluster, tmp_path: Path) -> None:

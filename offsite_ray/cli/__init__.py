@@ -20,7 +20,7 @@ from offsite_ray.errors import ConfigError, OffsiteError, unknown_name
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from offsite_ray.cli.verbs import Verb
+    from offsite_ray.cli.verb import Verb
 
 __all__ = ["main"]
 

@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from offsite_ray.cli.fields import fields_of
-from offsite_ray.cli.settings import from_file, from_overrides, override_key, sections_of
+from offsite_ray.cli.settings import (
+    from_file,
+    from_overrides,
+    from_section,
+    override_key,
+    sections_of,
+)
 from offsite_ray.cli.values import from_flag
 from offsite_ray.errors import ConfigError, unknown_name
 
@@ -21,12 +27,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from offsite_ray.cli.fields import Field
-    from offsite_ray.cli.verbs import Verb
+    from offsite_ray.cli.verb import Verb
 
-POSITIONAL = "path"
-"""The field that is given without a flag."""
+POSITIONALS = ("path", "verb")
+"""The fields that are given without a flag; a verb has one of them, or none."""
 
 _METAVARS: dict[type, str] = {int: "N", float: "X"}
+_EPILOGS = (
+    "KEY=VALUE sets a field by its name in YAML, e.g. 'seed=1'. Flags win over KEY=VALUE, and "
+    "these over the file of --config.",
+    "The file of --config and KEY=VALUE are for the verb that is given; what the file has below "
+    "this one's name is for this one, and flags win over it.",
+)
+"""Of a verb that takes them itself, and of one that passes them on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,8 +88,14 @@ def parse(verb: Verb, words: Sequence[str], verbs: Iterable[str]) -> Request:
         if fields[name].kind is tuple:
             value = _without_overrides(verb, value, overrides)
         values[name] = from_flag(fields[name], value)
-    merged = {} if path is None else from_file(path, verb.name, fields, verbs)
-    merged |= from_overrides(overrides, verb.name, fields) | values
+    passed_on = {"--config": path, "KEY=VALUE": tuple(overrides)}
+    for_other = {field.name: passed_on[field.given] for field in fields.values() if field.given}
+    if for_other:
+        merged = {} if path is None else from_section(path, verb.name, fields)
+        merged |= for_other | values
+    else:
+        merged = {} if path is None else from_file(path, verb.name, fields, verbs)
+        merged |= from_overrides(overrides, verb.name, fields) | values
     _check_complete(verb, merged, [] if path is None else sections_of(path, verbs))
     return Request(config=verb.config(**merged), json=as_json)
 
@@ -88,6 +107,7 @@ def _sorted_out(
     overrides: list[str] = []
     values: dict[str, Any] = {}
     only_words = False
+    positional = next((f for f in fields_of(verb.config).values() if f.name in POSITIONALS), None)
     for word in rest:
         if word == "--" and not only_words:
             only_words = True
@@ -96,9 +116,8 @@ def _sorted_out(
             raise ConfigError(unknown_name("flag", word.partition("=")[0], flags))
         elif override_key(word, verb.name) is not None and not only_words:
             overrides.append(word)
-        elif POSITIONAL in fields_of(verb.config) and POSITIONAL not in values:
-            field = fields_of(verb.config)[POSITIONAL]
-            values[POSITIONAL] = from_flag(field, word)
+        elif positional is not None and not values:
+            values[positional.name] = from_flag(positional, word)
         else:
             raise ConfigError(f"{verb.name} has no use for {word!r}; values stand behind a flag")
     return overrides, values
@@ -117,7 +136,7 @@ def _without_overrides(verb: Verb, words: list[str], overrides: list[str]) -> li
 
 def _check_complete(verb: Verb, values: Mapping[str, Any], sections: Sequence[str]) -> None:
     missing = [
-        field.name.upper() if field.name == POSITIONAL else field.flag
+        field.name.upper() if field.name in POSITIONALS else field.flag
         for field in fields_of(verb.config).values()
         if field.required and field.name not in values
     ]
@@ -137,8 +156,7 @@ def _parser(verb: Verb) -> argparse.ArgumentParser:
         prog=f"offsite-ray {verb.name}",
         usage=_usage(verb),
         description=verb.summary,
-        epilog="KEY=VALUE sets a field by its name in YAML, e.g. 'seed=1'. Flags win over "
-        "KEY=VALUE, and these over the file of --config.",
+        epilog=_EPILOGS[any(field.given for field in fields.values())],
         add_help=False,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -146,7 +164,7 @@ def _parser(verb: Verb) -> argparse.ArgumentParser:
     )
     groups = {title: parser.add_argument_group(title) for title in ("required", "optional")}
     for field in fields.values():
-        if field.name == POSITIONAL:
+        if field.name in POSITIONALS or field.given:
             continue
         title = "required" if field.required else field.shared or "optional"
         group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
@@ -163,7 +181,7 @@ def _parser(verb: Verb) -> argparse.ArgumentParser:
 def _usage(verb: Verb) -> str:
     parts = [f"offsite-ray {verb.name}"]
     for field in fields_of(verb.config).values():
-        if field.name == POSITIONAL:
+        if field.name in POSITIONALS:
             parts.append(field.name.upper())
         elif field.required:
             more = " ..." if field.kind is tuple else ""

@@ -33,6 +33,8 @@ class Field:
     help: str = ""
     shared: str = ""
     """Of a field of a base class, which several verbs share: what these knobs are of."""
+    given: str = ""
+    """How it is given, where by no flag of its own: what is meant for another verb."""
 
     @property
     def required(self) -> bool:
@@ -61,6 +63,7 @@ def fields_of(config: type) -> dict[str, Field]:
             default=field.default,
             help=texts.get(field.name, ""),
             shared="" if field.name in config.__annotations__ else _shared(config),
+            given=field.metadata.get("given", ""),
         )
     return found
 

@@ -48,6 +48,17 @@ def from_file(path: str, verb: str, fields: Mapping[str, Field], verbs: Iterable
     return _checked({**flat, **section}, fields, f" in {path}")
 
 
+def from_section(path: str, verb: str, fields: Mapping[str, Field]) -> Any:
+    """Return the values that a YAML file sets below a verb's name, whatever else is in it.
+
+    Raises:
+        StorageError: The file cannot be read.
+        ConfigError: It is no YAML mapping, or has an unknown key or a value of a wrong type there.
+    """
+    plain = _mapping(_loaded(_read(path), path), f"{path}:")
+    return _checked(_mapping(plain.get(verb), f"{path}: {verb}:"), fields, f" in {path}")
+
+
 def sections_of(path: str, verbs: Iterable[str]) -> list[str]:
     """Return the verbs that a YAML file has something below the name of.
 

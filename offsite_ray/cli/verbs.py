@@ -3,29 +3,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offsite_ray import config as configs
+from offsite_ray.cli.arguments import parse
 from offsite_ray.cli.output import Outcome
 from offsite_ray.cli.preparing import preparing_progress
 from offsite_ray.cli.progress import tell, training_progress
+from offsite_ray.cli.verb import Verb
+from offsite_ray.errors import ConfigError, unknown_name
 from offsite_ray.results import to_plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-
-@dataclass(frozen=True, slots=True)
-class Verb:
-    """One step of the loop."""
-
-    name: str
-    config: type
-    summary: str
-    run: Callable[[Any], Outcome]
 
 
 def _compress(config: configs.CompressConfig) -> Outcome:
@@ -138,6 +130,18 @@ def _serve(config: configs.ServeConfig) -> Outcome:
     return serve(config, tell)
 
 
+def _submit(config: configs.SubmitConfig) -> Outcome:
+    from offsite_ray.cli.submitting import ON_JOBS, run_as_job
+
+    if config.verb in ON_JOBS:
+        return ON_JOBS[config.verb](config, tell)
+    if config.verb not in _AS_JOBS:
+        raise ConfigError(unknown_name("verb to submit", config.verb, [*_AS_JOBS, *ON_JOBS]))
+    words = ["--config", config.recipe or "", *config.words]
+    asked = parse(VERBS[config.verb], words, VERBS).config
+    return run_as_job(config, to_plain(asked), tell)
+
+
 def _estimate(config: configs.EstimateConfig) -> Outcome:
     from offsite_ray.estimate import estimate, estimate_tables
 
@@ -224,6 +228,12 @@ VERBS: dict[str, Verb] = {
             _serve,
         ),
         Verb(
+            "submit",
+            configs.SubmitConfig,
+            "run a verb as a job of a Ray cluster, and see what became of it",
+            _submit,
+        ),
+        Verb(
             "estimate",
             configs.EstimateConfig,
             "predict bytes, memory and time, before you pay for GPUs",
@@ -250,3 +260,6 @@ VERBS: dict[str, Verb] = {
     )
 }
 """Name to verb."""
+
+_AS_JOBS = [name for name in VERBS if name not in ("serve", "submit", "demo")]
+"""Those that can be submitted. What serves is deployed: ``serve deploy``."""

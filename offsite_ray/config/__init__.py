@@ -16,6 +16,7 @@ from offsite_ray.config.artefacts import (
 )
 from offsite_ray.config.measuring import EstimateConfig, EvaluateConfig
 from offsite_ray.config.serving import ApplicationConfig, Limits, ServeConfig, check_model_name
+from offsite_ray.config.submitting import SubmitConfig, check_address
 from offsite_ray.config.sweeping import OBJECTIVES, SweepConfig
 from offsite_ray.config.training import (
     OFFLOAD_STAGES,
@@ -43,9 +44,11 @@ __all__ = [
     "PlugInConfig",
     "PrepareConfig",
     "ServeConfig",
+    "SubmitConfig",
     "SweepConfig",
     "TrainingConfig",
     "UnpackConfig",
     "VerifyConfig",
+    "check_address",
     "check_model_name",
 ]

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of what is submitted to a Ray cluster as a job."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping  # noqa: TC003  # the flags are read from the annotations
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from offsite_ray.errors import ConfigError
+
+ACTIONS = ("list", "status", "stop")
+"""What can be asked in the place of a verb."""
+
+_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,99}")
+_ADDRESS = re.compile(r"https?://[^/\s@]+/?")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SubmitConfig:
+    """Run a verb as a Ray job, or see what became of one."""
+
+    verb: str
+    """Verb to run, or list, status or stop."""
+    recipe: str | None = field(default=None, metadata={"given": "--config"})
+    """Recipe of the verb; what is below submit in it sets flags of this one."""
+    words: tuple[str, ...] = field(default=(), metadata={"given": "KEY=VALUE"})
+    """What is changed in the recipe."""
+    address: str | None = None
+    """Where the cluster's job server listens, http://HEAD:8265; by default RAY_API_SERVER_ADDRESS.
+    """
+    name: str | None = None
+    """Name of the run; by default the verb's and that of the recipe. Submitted again, a run goes
+    on."""
+    root: str | None = None
+    """Folder that the recipe's paths are below; every node must see it."""
+    follow: bool = False
+    """Show the job's log until its end, and exit as it does; with status too."""
+    packages: Literal["installed", "pip", "any"] = "installed"
+    """Of the nodes: installed, which must be in the versions of this machine; pip: Ray installs
+    these; any: unchecked."""
+    driver_cpus: float = 0.0
+    """CPUs of the driver; needed where it computes itself. One that needs nothing is on the head.
+    """
+    driver_gpus: float = 0.0
+    """GPUs of the driver."""
+    driver_resources: Mapping[str, Any] | None = None
+    """Resources of the driver's node, e.g. '{steady: 0.01}'."""
+    driver_labels: Mapping[str, Any] | None = None
+    """Labels of the driver's node, e.g. '{ray.io/market-type: on-demand}'."""
+    reconnect_timeout: float = 300.0
+    """Seconds without the job server after which following ends; the job goes on."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without the cluster; raise :class:`ConfigError`."""
+        if self.address is not None:
+            check_address(self.address)
+        if self.name is not None and not _NAME.fullmatch(self.name):
+            raise ConfigError(
+                f"name={self.name!r} must be letters, digits, '.', '_' and '-', up to 100, the "
+                "first a letter or digit"
+            )
+        for name in ("driver_cpus", "driver_gpus", "reconnect_timeout"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 0")
+        for key, value in (self.driver_resources or {}).items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+                raise ConfigError(f"driver_resources: {key}={value!r} must be a number above 0")
+        for key, value in (self.driver_labels or {}).items():
+            if not isinstance(value, str):
+                raise ConfigError(f"driver_labels: {key}={value!r} must be a text")
+        self._check_action()
+
+    def _check_action(self) -> None:
+        if self.verb not in ACTIONS:
+            if self.recipe is None:
+                raise ConfigError(f"submit {self.verb} needs --config, the recipe to run")
+        elif self.words:
+            raise ConfigError(f"submit {self.verb} has no use for {self.words[0]!r}")
+        elif self.verb != "list" and self.name is None:
+            raise ConfigError(f"submit {self.verb} needs --name; 'submit list' lists them")
+
+    @property
+    def run_name(self) -> str:
+        """The run's name.
+
+        Raises:
+            ConfigError: It has none, and the recipe's cannot be one.
+        """
+        name = self.name or f"{self.verb}-{Path(self.recipe or '').stem}"
+        if not _NAME.fullmatch(name):
+            raise ConfigError(f"{name!r} cannot be the name of a run; give one with --name")
+        return name
+
+
+def check_address(address: str) -> None:
+    """Refuse what is no address of a job server; raise :class:`ConfigError`."""
+    if not _ADDRESS.fullmatch(address):
+        raise ConfigError(
+            f"address={address.rpartition('@')[2]!r} must be http://HOST:PORT or https://HOST:PORT "
+            "of the dashboard, whose port is 8265 unless it was started otherwise; a token comes "
+            "from RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        )
