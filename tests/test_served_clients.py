@@ -167,6 +167,12 @@ def test_a_prompt_is_repeated_with_its_log_probabilities(
     assert "".join(choice.logprobs.tokens[: len(ids)]) == PROMPT
     assert choice.logprobs.text_offset is not None
     assert choice.logprobs.text_offset[:3] == [0, 1, 2]
+    parts = client.completions.create(
+        model="lora", prompt=PROMPT, echo=True, logprobs=2, max_tokens=1, temperature=0, stream=True
+    )
+    offsets = [part.choices[0].logprobs.text_offset for part in parts if part.choices[0].logprobs]
+    assert len(offsets) > 1
+    assert [offset for part in offsets for offset in part or []] == choice.logprobs.text_offset
 
 
 def test_errors_are_those_of_openai(served: Deployed, client: openai.OpenAI) -> None:

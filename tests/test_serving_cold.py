@@ -120,7 +120,7 @@ def test_a_replica_answers_while_a_version_is_fetched(tenants: Tenants, tmp_path
     )
 
     async def talk() -> dict[str, list[int]]:
-        replica = Replica(engine, open_full_model(tenants.full), Meters())
+        replica = Replica(engine, open_full_model(tenants.full), Meters(), 60.0)
         await replica.follow_once(records, records.parts)
         await replica.settle()
         slow = await records.upload("full", tenants.adapters["full"])

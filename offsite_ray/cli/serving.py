@@ -142,13 +142,14 @@ def _until_told(stack: contextlib.ExitStack) -> None:
             signal.signal(number, lambda *_: told.set())
         while not told.wait(1.0):
             pass
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one ends at once
 
 
 def _shut_down(config: ServeConfig, notice: Callable[[str], None]) -> None:
     """End the application after what is in flight; on a cluster of others, nothing else there."""
     from ray import serve as ray_serve
 
-    notice("letting what is in flight end")
+    notice("letting what is in flight end; Ctrl-C ends at once")
     if _NAME in ray_serve.status().applications:
         ray_serve.delete(_NAME, _blocking=False)
     until = time.monotonic() + config.drain_timeout + _MARGIN_S

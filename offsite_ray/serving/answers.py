@@ -37,12 +37,20 @@ class Choice:
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: str | None = None
+    offset: int = 0
+    """Characters of the tokens that were explained in earlier parts."""
 
     def add(self, piece: Piece) -> None:
         """Take a piece of the text."""
         self.text += piece.text
         self.logprobs += [*piece.prompt_logprobs, *piece.logprobs]
         self.finish = piece.finish or self.finish
+
+    @property
+    def explained(self) -> list[int]:
+        """The tokens that are explained here."""
+        first = [] if self.first is None else [self.first]
+        return [*first, *(one.token for one in self.logprobs)] if self.logprobs else []
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,14 +128,13 @@ def _completion_choice(choice: Choice, words: Words, part: bool) -> dict[str, An
 def _completion_logprobs(choice: Choice, words: Words) -> dict[str, Any] | None:
     if not choice.logprobs:
         return None
-    first = [] if choice.first is None else [words(choice.first)]
-    tokens = [*first, *(words(one.token) for one in choice.logprobs)]
-    unknown = [None] * len(first)
+    tokens = [words(token) for token in choice.explained]
+    unknown = [None] * (choice.first is not None)
     return {
         "tokens": tokens,
         "token_logprobs": [*unknown, *(one.logprob for one in choice.logprobs)],
         "top_logprobs": [*unknown, *(_named(one, words) for one in choice.logprobs)],
-        "text_offset": [0, *itertools.accumulate(map(len, tokens[:-1]))],
+        "text_offset": [*itertools.accumulate(map(len, tokens[:-1]), initial=choice.offset)],
     }
 
 

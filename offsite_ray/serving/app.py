@@ -105,7 +105,7 @@ class Engines:
             device=_device(config),
             max_tenant_bytes=_bytes(config.max_tenant_gib),
         )
-        self._replica = Replica(engine, full, Meters())
+        self._replica = Replica(engine, full, Meters(), config.request_timeout)
         self._patience_s = config.step_timeout
         records = _Records(store)
         await self._replica.follow_once(records, records.parts)

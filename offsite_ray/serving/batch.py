@@ -33,10 +33,6 @@ class Counts:
     """Decoding steps."""
     rows: int = 0
     """Rows of all decoding steps; over ``steps``, how full the batch was."""
-    prompt_tokens: int = 0
-    answer_tokens: int = 0
-    failed: int = 0
-    """Requests that the engine failed to answer."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -149,7 +145,6 @@ class Batch:
         logits = self._model.forward(tokens, tenants, prefill.cache, every=every)
         if every:
             _explain(prefill, tokens, logits)
-        self.counts.prompt_tokens += sum(map(len, tokens))
         prefill.done += len(tokens[0])
         if prefill.done < len(prefill.requests[0].prompt):
             return
@@ -220,7 +215,6 @@ class Batch:
             return True
         row.num_tokens += 1
         row.request.num_tokens += 1
-        self.counts.answer_tokens += 1
         at_end = row.last in self._end_tokens and not sampling.ignore_eos
         text = "" if at_end else row.text.add(row.last)
         finish: FinishReason | None = None

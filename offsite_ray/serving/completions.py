@@ -253,7 +253,7 @@ async def _events(front: Front, job: _Job, words: Words) -> AsyncGenerator[str]:
     Raises:
         OffsiteError: Before the first of them.
     """
-    begun: dict[tuple[int, int], str] = {}
+    begun: dict[tuple[int, int], _Told] = {}
     num_tokens = 0
     until = asyncio.get_running_loop().time() + front.config.request_timeout
     try:
@@ -271,8 +271,8 @@ async def _events(front: Front, job: _Job, words: Words) -> AsyncGenerator[str]:
         _LOG.warning("stream %s was cut off: %s", job.head.id, error)
         yield _sse(failure_of(error).body)
         return
-    for (place, _), text in begun.items():
-        _log_text(front, job, place, [text])
+    for (place, _), told in begun.items():
+        _log_text(front, job, place, [told.text])
     if job.with_usage:
         yield _sse(job.head.chunk([], job.usage(num_tokens), with_usage=True))
     yield "data: [DONE]\n\n"
@@ -286,8 +286,17 @@ async def _next(
         return await anext(news, None)
 
 
+@dataclass(slots=True)
+class _Told:
+    """What a client of a stream has of one text."""
+
+    text: str = ""
+    offset: int = 0
+    """Characters of the tokens that were explained."""
+
+
 def _event(
-    job: _Job, words: Words, begun: dict[tuple[int, int], str], place: int, piece: Piece
+    job: _Job, words: Words, begun: dict[tuple[int, int], _Told], place: int, piece: Piece
 ) -> str | None:
     """Return what a piece is in a stream; None of one that says nothing by itself."""
     kind = job.head.kind
@@ -295,10 +304,13 @@ def _event(
     opened = (place, piece.index) in begun
     if opened:
         choice.prompt, choice.first = "", None
+        choice.offset = begun[place, piece.index].offset
     choice.add(piece)
     if not (choice.prompt or choice.text or choice.logprobs or choice.finish):
         return None
-    begun[place, piece.index] = begun.get((place, piece.index), "") + piece.text
+    told = begun.setdefault((place, piece.index), _Told())
+    told.text += piece.text
+    told.offset += sum(len(words(token)) for token in choice.explained)
     part = kind.choice(choice, words, True)
     event = _sse(job.head.chunk([part], with_usage=job.with_usage))
     if kind.opening is not None and not opened:

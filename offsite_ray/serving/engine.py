@@ -260,7 +260,6 @@ class Engine:
 
     def _fail(self, requests: Iterable[Request], why: str) -> None:
         for request in requests:
-            self.counts.failed += 1
             for index in range(request.sampling.n):
                 request.told(Piece(index=index, text="", finish="error", error=why))
             self._ended(request)

@@ -38,8 +38,7 @@ _LOG = logging.getLogger(__name__)
 POLL_S = 0.5
 """How often it is asked whether something else is served now."""
 _GRACE_S = 15.0
-"""How long a version that was replaced or removed is still known to replicas: longer than it takes
-an ingress to hear of it."""
+"""Longer than it takes an ingress to hear of another version."""
 _AGAIN_S = 10.0
 """After which a version that could not be brought is tried again."""
 _AT_ONCE = 4
@@ -78,14 +77,19 @@ class _Answer:
 class Replica:
     """Answers requests; follows what the store says is served."""
 
-    def __init__(self, engine: Engine, full: FullModel, meters: Meters) -> None:
+    def __init__(
+        self, engine: Engine, full: FullModel, meters: Meters, request_timeout: float
+    ) -> None:
         """Take an engine that runs.
 
         Args:
             engine: Of the full model.
             full: The same, on disk.
             meters: What is measured goes there.
+            request_timeout: Seconds that a request may take. So long a version that was replaced
+                is kept: of a request with many prompts the last may come to it as late.
         """
+        self._kept_s = _GRACE_S + request_timeout
         self.engine, self._full, self._meters = engine, full, meters
         self._revision: int | None = None
         self._known: dict[int, Version] = {}
@@ -132,7 +136,7 @@ class Replica:
             settled = not self._coming and wanted.keys() <= self._known.keys()
             self._revision = snapshot.revision if settled else None
         for number, since in list(self._leaving.items()):
-            if time.monotonic() - since > _GRACE_S:
+            if time.monotonic() - since > self._kept_s:
                 version = self._known.pop(number)
                 del self._leaving[number]
                 self.engine.residency.remove(number, self.engine.do)

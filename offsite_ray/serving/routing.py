@@ -204,7 +204,7 @@ class RoutedBlock:
     def __init__(self, block: nn.Module, router: Router) -> None:
         """Hook into a block."""
         self._router, self._nets = router, Stack()
-        self._handle = block.register_forward_hook(self._after)
+        block.register_forward_hook(self._after)
 
     def put(self, tenant: int, own: Own, name: str) -> None:
         """Add a tenant's bottleneck behind this block."""
@@ -215,10 +215,6 @@ class RoutedBlock:
     def remove(self, tenant: int) -> None:
         """Forget a tenant."""
         self._nets.remove(tenant)
-
-    def detach(self) -> None:
-        """Leave the block alone."""
-        self._handle.remove()
 
     def _after(self, _block: nn.Module, _inputs: Any, output: Any) -> Any:
         nets = self._nets.gather(self._router.rows.tenants)
