@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 # DeepSpeed looks for ninja on the PATH when it compiles its extensions.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help demo test check format bench-distill bench-estimate bench-finetune bench-quality bench-outofcore bench-prepare bench-sweep bench-serve clean
+.PHONY: help demo test test-long check format bench-distill bench-estimate bench-finetune bench-quality bench-outofcore bench-prepare bench-sweep bench-serve clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -28,10 +28,13 @@ demo: $(STAMP) ## Run the whole loop on this machine, without downloads
 JOBS ?= 2
 
 # One thread a process: the tests are small, and Ray's workers share the same cores.
-test: $(STAMP) ## Run all tests, in JOBS processes; ARGS goes to pytest
+test: $(STAMP) ## Run the tests, in JOBS processes; ARGS goes to pytest
 	@start=$$SECONDS; status=0; \
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} pytest -n $(JOBS) --dist loadfile $(ARGS) || status=$$?; \
 	echo "make test: $$((SECONDS - start)) s"; exit $$status
+
+test-long: ARGS += -m long
+test-long: test ## Run the tests that take minutes each
 
 check: $(STAMP) ## Check format, lint, types and import contracts
 	ruff format --check .

@@ -108,6 +108,7 @@ def test_a_clock_gives_the_time_between_forward_passes_of_training(tmp_path: Pat
     assert measured.peak_bytes >= measured.imported_bytes > 0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_writes_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One as a script; the other with one way on Ray, as the rest starts as it does."""
@@ -148,6 +149,7 @@ def test_a_gain_is_beyond_the_spread_from_two_standard_deviations_on() -> None:
     assert mean([]) is None
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_quality_run_goes_on_where_it_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -115,6 +115,7 @@ def test_a_step_holds_the_bytes_of_the_floor(
         assert sum(saved.values()) <= 1.06 * floor.saved
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_writes_its_result(tmp_path: Path) -> None:
     sizes = ["--shape", "tiny", "--dtype", "fp32", "--device", "cpu", "--seq-len", "32"]

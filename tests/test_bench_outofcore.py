@@ -73,6 +73,7 @@ def test_what_the_table_makes_of_the_rounds() -> None:
     assert seconds(row) == {"process": 12, "start": 4, "work": 8}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_plug_in_is_measured(tmp_path: Path) -> None:
     checkpoint = CHECKPOINTS["tiny"]

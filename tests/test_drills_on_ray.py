@@ -70,7 +70,9 @@ class Killer:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("name", ["RayTrainWorker", "TrainController"])
+@pytest.mark.parametrize(
+    "name", ["RayTrainWorker", pytest.param("TrainController", marks=pytest.mark.long)]
+)
 def test_a_killed_worker_or_controller_is_started_again(
     loop: Loop, undisturbed: tuple[Path, DistillResult], tmp_path: Path, name: str
 ) -> None:
@@ -89,6 +91,7 @@ def test_a_killed_worker_or_controller_is_started_again(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.long
 def test_a_killed_driver_goes_on_by_the_same_command(
     loop: Loop, undisturbed: tuple[Path, DistillResult], tmp_path: Path
 ) -> None:
@@ -115,6 +118,7 @@ def test_a_killed_driver_goes_on_by_the_same_command(
     assert weights(tmp_path / "out") == weights(reference)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_other_workers_stages_and_engines_go_on(
     loop: Loop, undisturbed: tuple[Path, DistillResult], tmp_path: Path
@@ -158,6 +162,7 @@ def test_from_this_process_to_two_workers(loop: Loop, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_full_disk_on_workers_is_said_and_the_last_good_state_goes_on(
     loop: Loop, undisturbed: tuple[Path, DistillResult], tmp_path: Path

@@ -174,6 +174,7 @@ def test_a_rolling_update_loses_no_request(cluster: Cluster, tmp_path: Path) -> 
     assert set(client.said) == {expected}
 
 
+@pytest.mark.long
 def test_replicas_come_with_the_load_and_go_with_it(cluster: Cluster, tmp_path: Path) -> None:
     tenants, file = make_served(tmp_path / "served"), tmp_path / "deploy.yaml"
     args = {"state": str(tmp_path / "state"), "max_queue": 16, "max_replicas": 2}

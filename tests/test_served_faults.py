@@ -100,6 +100,7 @@ def test_the_store_may_die_and_nobody_notices(two: Deployed) -> None:
     assert two.complete("after", PROMPT)["choices"][0]["text"]
 
 
+@pytest.mark.long
 def test_an_engine_that_hangs_is_given_up(tmp_path: Path) -> None:
     tenants = make_served(tmp_path / "served")
     with deployed(tenants, tmp_path / "state", request_timeout=4) as hanging:

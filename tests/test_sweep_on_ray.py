@@ -83,7 +83,8 @@ def test_tune_stops_distillations_that_are_behind(
     )  # fmt: skip
     result, seen = run(config)
     stopped = [row for row in table(result) if row["status"] == "stopped"]
-    assert 0 < len(stopped) == result.num_stopped <= 2
+    # Two or four: whoever comes to a rung first is behind nobody, and that may be a control.
+    assert 0 < len(stopped) == result.num_stopped <= 4
     assert result.num_failed == 0
     ends: dict[str, set[str]] = {}
     for row in table(result):
@@ -161,6 +162,7 @@ def test_a_killed_sweep_goes_on_with_what_is_left(loop: Loop, tmp_path: Path) ->
     assert {name: after[name] for name in before} == before
 
 
+@pytest.mark.long
 def test_an_interrupted_sweep_leaves_its_results(loop: Loop, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = offsite_ray(loop, out)
@@ -197,6 +199,7 @@ class Killing(Seen):
         os.kill(int(lock.read_text()), signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_a_trial_that_is_killed_is_run_again_and_then_reported(
     ray_cluster: None, loop: Loop, tmp_path: Path
 ) -> None:
