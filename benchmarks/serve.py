@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.machine import ROOT, commit, machine
 from benchmarks.page import put
 from benchmarks.serve_engine import CLOSE, NUM_TENANTS, WAYS
-from benchmarks.serve_http import CONCURRENCY, drive, killed, service, steady, with_hey
+from benchmarks.serve_http import CONCURRENCY, drive, flood, killed, service, steady, with_hey
 from benchmarks.serve_page import BEGIN, tables
 
 if TYPE_CHECKING:
@@ -88,14 +88,20 @@ def measure_engine(folder: Path) -> list[dict[str, Any]]:
 
 
 def measure_http(folder: Path, minutes: float) -> dict[str, Any]:
-    """Return what clients of one replica see: at its load, for long, and at ten times as much."""
+    """Return what clients of one replica see: at its load, for long, and at ten times as much.
+
+    As much is counted in requests a second, and in clients who do not wait for long.
+    """
     models = [f"tenant-{number}" for number in range(NUM_TENANTS)]
     cores = os.cpu_count() or 1
     with service(folder, folder / "state", models, num_cpus=cores) as served:
         drive(served, CONCURRENCY, 10)  # every tenant once
-        found = {
-            "steady": steady(served, 60 * minutes),
-            "overload": drive(served, 10 * CONCURRENCY, max(10, 6 * minutes)).summary(),
+        found: dict[str, Any] = {"steady": steady(served, 60 * minutes)}
+        per_s = 10 * found["steady"]["answers_per_s"]
+        flooded = flood(served, per_s, max(10, 6 * minutes))
+        found |= {
+            "overload": {"offered_per_s": per_s, **flooded.summary()},
+            "crowd": drive(served, 10 * CONCURRENCY, max(10, 6 * minutes)).summary(),
             "after": drive(served, CONCURRENCY, max(10, 3 * minutes)).summary(),
             "hey": with_hey(served, 200, CONCURRENCY),
         }

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 CONCURRENCY = 16
 PROMPT_WORDS = 64
-ANSWER_TOKENS = 32
+ANSWER_TOKENS = (16, 48)
+"""From and to: rows become free one by one, as with real answers."""
 
 
 @dataclass(kw_only=True)
@@ -86,6 +87,7 @@ class Load:
             "refused": self.refused,
             "errors": len(self.errors),
             "first_errors": self.errors[:3],
+            "answers_per_s": len(self.first_s) / self.seconds if self.seconds else None,
             "tokens_per_s": self.tokens / self.seconds if self.seconds else None,
             "time_to_first_token": quantiles(self.first_s),
             "between_tokens": quantiles(self.between_s),
@@ -140,7 +142,7 @@ async def one(session: aiohttp.ClientSession, served: Service, load: Load, numbe
     asked = {
         "model": served.models[number % len(served.models)],
         "prompt": prompt,
-        "max_tokens": ANSWER_TOKENS,
+        "max_tokens": draw.randint(*ANSWER_TOKENS),
         "temperature": 0,
         "stream": True,
     }
@@ -169,16 +171,19 @@ async def one(session: aiohttp.ClientSession, served: Service, load: Load, numbe
         load.between_s.append((times[-1] - times[0]) / (len(times) - 1))
 
 
-async def _drive(served: Service, concurrency: int, seconds: float) -> Load:
-    load, numbers = Load(), iter(range(10**9))
-    headers = {"Authorization": f"Bearer {served.key}"}
-    until = time.monotonic() + seconds
-    began = time.perf_counter()
-    async with aiohttp.ClientSession(
-        headers=headers,
+def _session(served: Service) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        headers={"Authorization": f"Bearer {served.key}"},
         connector=aiohttp.TCPConnector(limit=0),
         timeout=aiohttp.ClientTimeout(total=300),
-    ) as session:
+    )
+
+
+async def _drive(served: Service, concurrency: int, seconds: float) -> Load:
+    load, numbers = Load(), iter(range(10**9))
+    until = time.monotonic() + seconds
+    began = time.perf_counter()
+    async with _session(served) as session:
 
         async def client() -> None:
             while time.monotonic() < until:
@@ -195,6 +200,24 @@ async def _drive(served: Service, concurrency: int, seconds: float) -> Load:
 def drive(served: Service, concurrency: int, seconds: float) -> Load:
     """Keep as many requests in flight for some time."""
     return asyncio.run(_drive(served, concurrency, seconds))
+
+
+async def _flood(served: Service, per_s: float, seconds: float) -> Load:
+    load, draw = Load(), random.Random(0)
+    began = time.perf_counter()
+    async with _session(served) as session, asyncio.TaskGroup() as clients:
+        due, number = began, 0
+        while (due := due + draw.expovariate(per_s)) < began + seconds:
+            await asyncio.sleep(due - time.perf_counter())
+            clients.create_task(one(session, served, load, number))
+            number += 1
+    load.seconds = time.perf_counter() - began
+    return load
+
+
+def flood(served: Service, per_s: float, seconds: float) -> Load:
+    """Send so many requests a second, at random times (Poisson), whatever is answered."""
+    return asyncio.run(_flood(served, per_s, seconds))
 
 
 def with_hey(served: Service, number: int, concurrency: int) -> dict[str, Any] | None:

@@ -82,12 +82,16 @@ def _http(found: Mapping[str, Any]) -> list[str]:
         "over HTTP, streamed", "answers", "429", "errors", "tokens/s", "first token p50",
         "p99", "p99 / p50", "between tokens p50", "429 p50", "429 p99",
     )  # fmt: skip
+    flood = found.get("overload", {}).get("offered_per_s")
     names = {
         "steady": "16 in flight, 16 tenants",
-        "overload": "160 in flight",
+        "overload": "160 in flight"
+        if flood is None
+        else f"ten times as many: {flood:.0f} a second",
+        "crowd": "160 clients, who come again after a second",
         "after": "16 in flight, right after",
     }
-    rows = [_load_row(title, found[name]) for name, title in names.items()]
+    rows = [_load_row(title, found[name]) for name, title in names.items() if name in found]
     steady = found["steady"]
     grown = ", ".join(f"{name} {share:+.1%}" for name, share in sorted(steady["growth"].items()))
     said = f"Memory over {steady['seconds'] / 60:.1f} minutes of steady load: {grown}.\n"

@@ -21,9 +21,9 @@ class Limits:
     """Texts that a replica writes at a time."""
     cache_tokens: int = 16384
     """Tokens whose keys and values a replica holds: texts times the longest of them."""
-    max_queue: int = 8
+    max_queue: int = 2
     """Requests that may wait at a replica; more are answered with 429. The longer it is, the longer
-    the last one waits."""
+    the last one waits, and the more of a burst is taken in."""
     max_prompt: int = 4096
     """Tokens of a prompt."""
     max_output: int = 2048
