@@ -48,6 +48,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", required=True, help="recipe")
     parser.add_argument("--root", default=".", help="folder that the recipe's paths are below")
     parser.add_argument("--dry-run", action="store_true", help="print plan, estimate and resources")
+    parser.add_argument("--run", help="keep records under NAME-compress and so on", metavar="NAME")
+    parser.add_argument("--runs", help="directory of records, below --root", metavar="DIR")
     parser.add_argument("overrides", nargs="*", metavar="VERB.KEY=VALUE")
     args = parser.parse_args(argv)
     try:
@@ -63,12 +65,18 @@ def main(argv: list[str]) -> int:
         for step, config in zip(words, configs, strict=True):
             if done or is_there(step, config.out):
                 print(f"{step}: {config.out} is there already, skipped", file=sys.stderr)
-            elif status := offsite_ray([step, *words[step]]):
+            elif status := offsite_ray([step, *words[step], *record_of(step, args)]):
                 return status
     except (OffsiteError, OSError) as error:
         print(f"offsite-ray: error: {error}", file=sys.stderr)
         return getattr(error, "exit_status", 2)
     return 0
+
+
+def record_of(step: str, args: argparse.Namespace) -> list[str]:
+    """Return the flags of a step by which a record of it is kept."""
+    name = [] if args.run is None else ["--run", f"{args.run}-{step}"]
+    return name + ([] if args.runs is None else ["--runs", args.runs])
 
 
 def is_there(step: str, out: str) -> bool:

@@ -107,10 +107,18 @@ class CheckpointRecord:
     """Its directory."""
 
 
-Record = RunStart | StepRecord | EvalRecord | CheckpointRecord
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DevicesRecord:
+    """Devices that the workers of a run hold in a Ray cluster from now on."""
+
+    num_gpus: float
+    num_cpus: float
+
+
+Record = RunStart | StepRecord | EvalRecord | CheckpointRecord | DevicesRecord
 
 Report = Callable[[Record], None]
-"""Told of the start, each step, each evaluation and each checkpoint of a run."""
+"""Told of the start, each step, evaluation and checkpoint of a run, and of what workers hold."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

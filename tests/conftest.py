@@ -38,6 +38,7 @@ ON_RAY = frozenset(
         "bench_prepare",
         "demo",
         "drills_on_ray",
+        "monitoring",
         "prepare",
         "served_access",
         "served_application",

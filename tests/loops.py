@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from offsite_ray.config import CompressConfig, DistillConfig
 from offsite_ray.emulator import compress
-from offsite_ray.results import Record, StepRecord
+from offsite_ray.results import Record, RunStart, StepRecord
 from tests.tiny_models import save_tiny
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
 
@@ -73,6 +73,11 @@ def distill_config(loop: Loop, out: Path, **given: Any) -> DistillConfig:
 
 def ignore(_: Record) -> None:
     """Report to nobody."""
+
+
+def start_of(seen: Iterable[Record]) -> RunStart:
+    """Return the first start among what a run has reported."""
+    return next(record for record in seen if isinstance(record, RunStart))
 
 
 class Stopped(Exception):

@@ -68,8 +68,8 @@ def test_without_a_verb_the_verbs_are_listed_in_the_order_of_the_loop(
     lines = capsys.readouterr().out.splitlines()
     listed = [line.split()[0] for line in lines if line.startswith("  ") and "--" not in line]
     order = (
-        "compress unpack prepare distill finetune plug-in evaluate sweep serve submit estimate "
-        "inspect verify demo"
+        "compress unpack prepare distill finetune plug-in evaluate sweep serve submit runs "
+        "estimate inspect verify demo"
     )
     assert " ".join(listed) == " ".join(VERBS) == order
 
@@ -318,7 +318,7 @@ def test_training_verbs_get_what_runs_them(
         monkeypatch,
         "offsite_ray.train",
         run_on_ray=lambda: "on ray",
-        fill_on_ray=lambda: "fill on ray",
+        fill_on_ray=lambda report: "fill on ray",
     )
     assert main(["distill", *DISTILL, "--num-workers", str(workers), "--json"]) == 0
     captured = capsys.readouterr()

@@ -24,7 +24,7 @@ from offsite_ray.train import run_on_ray
 from offsite_ray.training import run_here
 from tests.disks import small_disk
 from tests.drills import GIVEN, SHARDED, STEPS, config, curve, wait_for, weights
-from tests.loops import Loop, Stopped, ignore, stop_after
+from tests.loops import Loop, Stopped, ignore, start_of, stop_after
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -142,7 +142,7 @@ def test_other_workers_stages_and_engines_go_on(
         result = distill(
             config(loop, tmp_path / folder / "out", **given, resume=True), fit, seen.append
         )
-        assert seen[0].first_step == int(last.name.split("-")[1])
+        assert start_of(seen).first_step == int(last.name.split("-")[1])
         assert [losses["loss"] for losses in curve(result)] == pytest.approx(
             [losses["loss"] for losses in curve(expected)], rel=1e-3
         )
@@ -191,5 +191,5 @@ def test_a_full_disk_on_workers_is_said_and_the_last_good_state_goes_on(
         filler.unlink()
         seen: list[Any] = []
         distill(config(loop, out, **SHARDED, resume=True), run_on_ray, seen.append)
-        assert seen[0].first_step > 0
+        assert start_of(seen).first_step > 0
         assert weights(out) == weights(reference)

@@ -17,6 +17,7 @@ import pytest
 import requests
 
 from tests.adapters import make_adapter
+from tests.dashboards import Scraper
 from tests.deployed import BASE, Deployed, archive, deployed, eventually
 
 if TYPE_CHECKING:
@@ -275,6 +276,9 @@ def test_what_is_measured_is_given_to_prometheus(served: Deployed) -> None:
         "offsite_ray_tenants_brought_total{",
     ]
     eventually(lambda: all(one in metrics() for one in wanted), 40)
+    found = Scraper(served.metrics)
+    found.take(metrics())
+    assert found.missing("serving") == {}
 
 
 def test_openapi_lists_the_routes_and_its_page_loads_nothing_from_elsewhere(

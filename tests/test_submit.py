@@ -192,6 +192,9 @@ def test_a_job_runs_to_its_end_once(head: Head, loop: Loop, tmp_path: Path) -> N
     assert (job["job"], job["status"], job["exit_status"]) == ("made-1", "SUCCEEDED", 0)
     assert open_bundle(tmp_path / "made" / "bundle").manifest.plan is not None
     assert "submitted made-1\n" in done.stderr
+    kept = json.loads((tmp_path / "runs" / "made" / "run.json").read_text())
+    assert (kept["verb"], kept["status"], len(kept["attempts"])) == ("compress", "succeeded", 1)
+    assert kept["artefacts"][0]["path"] == str(tmp_path / "made" / "bundle")
     assert "Running entrypoint" in done.stderr, "the log is shown"
     again = submit(head, *words, "plan=1-2-1")
     assert again.returncode == 0, again.stderr
@@ -317,6 +320,10 @@ def test_a_run_survives_an_outage_is_stopped_and_goes_on(
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["job"] == "held-2"
     assert "submitted held-2, which goes on with held-1" in done.stderr
+    kept = json.loads((loop.root / "runs" / "held" / "run.json").read_text())
+    ends = [attempt["status"] for attempt in kept["attempts"]]
+    assert ends[-1] == "succeeded"
+    assert ends[0] in ("stopped", "lost"), "Ray kills what it stops after a few seconds"
     assert f"{STEPS} steps, from step " in done.stderr
     assert (tmp_path / "adapter" / "offsite.json").is_file()
 

@@ -26,7 +26,13 @@ from offsite_ray.config import DistillConfig, FinetuneConfig
 from offsite_ray.distillation import DistillResult, distill
 from offsite_ray.errors import ConfigError, DataError, OffsiteError, StorageError, TrainingError
 from offsite_ray.finetuning import finetune
-from offsite_ray.results import EvalRecord, RunStart, StepRecord, TrainingHistory, to_plain
+from offsite_ray.results import (
+    DevicesRecord,
+    EvalRecord,
+    StepRecord,
+    TrainingHistory,
+    to_plain,
+)
 from offsite_ray.train import run_on_ray
 from offsite_ray.train.extension import _drop_left
 from offsite_ray.train.run import following, may_be_mended, worker_error
@@ -34,7 +40,7 @@ from offsite_ray.train.worker import metrics_for_ray, own_threads, write_result
 from offsite_ray.training import TrainingOutcome, run_here
 from offsite_ray.training.metrics import metrics_of
 from tests.conftest import ROOT
-from tests.loops import Loop, ignore
+from tests.loops import Loop, ignore, start_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -165,6 +171,11 @@ def test_bf16_masters_and_reports(loop: Loop, tmp_path: Path, fitted: list[Path]
         zero_stage=2,
     )
     result = finetune(config, fit, seen.append)
+    held = [record for record in seen if isinstance(record, DevicesRecord)]
+    assert held == [
+        DevicesRecord(num_gpus=0, num_cpus=2),
+        DevicesRecord(num_gpus=0, num_cpus=0),
+    ]
     # Half precision would have rounded what a step changes away.
     (masters,) = (outcome.state for outcome in outcomes)
     assert {tensor.dtype for tensor in masters.values()} == {torch.float32}
@@ -172,7 +183,7 @@ def test_bf16_masters_and_reports(loop: Loop, tmp_path: Path, fitted: list[Path]
     assert result.first_loss is not None
     assert result.last_loss is not None
     assert result.last_loss < result.first_loss
-    assert isinstance(seen[0], RunStart)
+    assert start_of(seen).total_steps == 4
     assert [r.step for r in seen if isinstance(r, StepRecord)] == [1, 2, 3, 4]
     evaluations = [record for record in seen if isinstance(record, EvalRecord)]
     assert len(evaluations) == 5

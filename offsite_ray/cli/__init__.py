@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from offsite_ray import __version__
 from offsite_ray.cli.arguments import help_text, parse, wants_help
 from offsite_ray.cli.output import ensure_streams, printable, show, stdout_reserved, write
+from offsite_ray.cli.recording import running
 from offsite_ray.cli.verbs import VERBS
 from offsite_ray.errors import ConfigError, OffsiteError, unknown_name
 
@@ -86,10 +87,12 @@ def _run(verb: Verb, words: list[str], *, own: bool) -> None:
     with stdout_reserved(for_good=own) as stdout, warnings.catch_warnings():
         if not _wants_traceback():
             warnings.simplefilter("ignore")
-        outcome = verb.run(request.config)
-        show(outcome, stdout, as_json=request.json)
-        if outcome.then is not None:
-            outcome.then()
+        with running(verb, request) as made:
+            outcome = verb.run(request.config)
+            made(outcome.plain)
+            show(outcome, stdout, as_json=request.json)
+            if outcome.then is not None:
+                outcome.then()
 
 
 def _prepare_libraries() -> None:
@@ -117,6 +120,7 @@ verbs, in the order of the loop:
 with every verb:
   --config FILE  YAML file with values, by field name
   --json         print the result as one JSON object
+  --run NAME     keep a record in a directory of that name below --runs DIR
   -h, --help     print the verb's flags
 
 offsite-ray --version prints the version. Exit status: 0 done, 2 your mistake, 130 stopped

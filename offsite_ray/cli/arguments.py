@@ -8,6 +8,7 @@ the classes too, but it adds its own start-up time, abbreviations and errors of 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,6 +22,7 @@ from offsite_ray.cli.settings import (
     sections_of,
 )
 from offsite_ray.cli.values import from_flag
+from offsite_ray.config import RUNS, check_run_name
 from offsite_ray.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
@@ -49,6 +51,10 @@ class Request:
     config: Any
     """An instance of the verb's configuration class."""
     json: bool
+    run: str | None = None
+    """Name under which a record is kept; None: none is."""
+    runs: str | None = None
+    """Directory that it is kept in."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -84,6 +90,7 @@ def parse(verb: Verb, words: Sequence[str], verbs: Iterable[str]) -> Request:
     given = vars(known)
     overrides, values = _sorted_out(verb, rest, parser)
     path, as_json = given.pop("config", None), given.pop("json")
+    run, runs = _run_of(given) if verb.recorded else (None, None)
     for name, value in given.items():
         if fields[name].kind is tuple:
             value = _without_overrides(verb, value, overrides)
@@ -97,7 +104,20 @@ def parse(verb: Verb, words: Sequence[str], verbs: Iterable[str]) -> Request:
         merged = {} if path is None else from_file(path, verb.name, fields, verbs)
         merged |= from_overrides(overrides, verb.name, fields) | values
     _check_complete(verb, merged, [] if path is None else sections_of(path, verbs))
-    return Request(config=verb.config(**merged), json=as_json)
+    return Request(config=verb.config(**merged), json=as_json, run=run, runs=runs)
+
+
+def _run_of(given: dict[str, Any]) -> tuple[str | None, str | None]:
+    """Take the name and the directory of a run out of the flags; return them."""
+    run, runs = given.pop("run", None), given.pop("runs", None)
+    if run is None and runs is not None:
+        raise ConfigError("--runs needs --run NAME, the name that the run has there")
+    runs = runs or os.environ.get(RUNS)
+    if run is not None:
+        check_run_name(run, "--run")
+        if not runs:
+            raise ConfigError(f"--run {run} needs --runs DIR, or {RUNS}: where its record is kept")
+    return run, runs
 
 
 def _sorted_out(
@@ -174,6 +194,11 @@ def _parser(verb: Verb) -> argparse.ArgumentParser:
     common.add_argument(
         "--json", action="store_true", default=False, help="Print the result as one JSON object"
     )
+    if verb.recorded:
+        common.add_argument("--run", metavar="NAME", help="Keep a record under this name")
+        common.add_argument(
+            "--runs", metavar="DIR", help=f"Directory of such records (default: {RUNS})"
+        )
     common.add_argument("-h", "--help", action="store_true", help="Print this and exit")
     return parser
 

@@ -4,11 +4,19 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.results import CheckpointRecord, EvalRecord, Record, RunStart, StepRecord
+from offsite_ray.results import (
+    CheckpointRecord,
+    DevicesRecord,
+    EvalRecord,
+    Record,
+    RunStart,
+    StepRecord,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -17,12 +25,15 @@ if TYPE_CHECKING:
 
     from offsite_ray.results import Report
 
+_LOG = logging.getLogger(__name__)
+
 SECONDS_BETWEEN_LINES = 10.0
 
 
 def tell(text: str) -> None:
-    """Print a notice on stderr."""
+    """Print a notice on stderr; the log of a run has it, too."""
     print(text, file=sys.stderr, flush=True)
+    _LOG.info("%s", text)
 
 
 @contextlib.contextmanager
@@ -58,7 +69,7 @@ class Lines:
             self._total = record.total_steps
             tell(_start_line(record))
             return
-        if isinstance(record, CheckpointRecord):
+        if isinstance(record, CheckpointRecord | DevicesRecord):
             return
         held_out = isinstance(record, EvalRecord)
         due = self._clock() - self._said >= SECONDS_BETWEEN_LINES

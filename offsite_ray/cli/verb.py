@@ -20,3 +20,5 @@ class Verb:
     config: type
     summary: str
     run: Callable[[Any], Outcome]
+    recorded: bool = True
+    """Whether it can be a run with a record: it makes or measures something."""

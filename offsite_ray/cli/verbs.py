@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 from offsite_ray import config as configs
 from offsite_ray.cli.arguments import parse
 from offsite_ray.cli.output import Outcome
-from offsite_ray.cli.preparing import preparing_progress
-from offsite_ray.cli.progress import tell, training_progress
+from offsite_ray.cli.progress import tell
+from offsite_ray.cli.recording import preparing_report, sweep_watch, training_report
 from offsite_ray.cli.verb import Verb
 from offsite_ray.errors import ConfigError, unknown_name
 from offsite_ray.results import to_plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from offsite_ray.results import Report
 
 
 def _compress(config: configs.CompressConfig) -> Outcome:
@@ -35,7 +37,7 @@ def _unpack(config: configs.UnpackConfig) -> Outcome:
 def _prepare(config: configs.PrepareConfig) -> Outcome:
     from offsite_ray.data import prepare
 
-    with preparing_progress() as report:
+    with preparing_report(config.num_workers) as report:
         result = prepare(config, tell, write_parts=_write_parts(config), report=report)
     return Outcome(plain=to_plain(result))
 
@@ -57,18 +59,16 @@ def _distill(config: configs.DistillConfig) -> Outcome:
 
         return Outcome(plain=to_plain(dry_run(config, notice=tell)))
     from offsite_ray.distillation import distill
-    from offsite_ray.training.metrics import logged
 
-    with training_progress("distill") as progress, logged(config, progress) as report:
-        result = distill(config, _fit(config), report, tell, _fill(config))
+    with training_report("distill", config) as report:
+        result = distill(config, _fit(config), report, tell, _fill(config, report))
     return Outcome(plain=to_plain(result))
 
 
 def _finetune(config: configs.FinetuneConfig) -> Outcome:
     from offsite_ray.finetuning import finetune
-    from offsite_ray.training.metrics import logged
 
-    with training_progress("finetune") as progress, logged(config, progress) as report:
+    with training_report("finetune", config) as report:
         result = finetune(config, _fit(config), report, tell)
     return Outcome(plain=to_plain(result))
 
@@ -84,7 +84,7 @@ def _fit(config: configs.TrainingConfig) -> Callable[..., Any]:
     return run_on_ray
 
 
-def _fill(config: configs.DistillConfig) -> Callable[..., Any]:
+def _fill(config: configs.DistillConfig, report: Report) -> Callable[..., Any]:
     """Return what writes a teacher cache: this process, or Ray's actors."""
     if config.num_workers == 0:
         from offsite_ray.distillation import fill_here
@@ -92,7 +92,7 @@ def _fill(config: configs.DistillConfig) -> Callable[..., Any]:
         return fill_here
     from offsite_ray.train import fill_on_ray
 
-    return fill_on_ray
+    return partial(fill_on_ray, report=report)
 
 
 def _plug_in(config: configs.PlugInConfig) -> Outcome:
@@ -114,12 +114,11 @@ def _evaluate(config: configs.EvaluateConfig) -> Outcome:
 
 
 def _sweep(config: configs.SweepConfig) -> Outcome:
-    from offsite_ray.cli.sweeping import sweep_progress
     from offsite_ray.tune import dry_run, sweep
 
     if config.dry_run:
         return Outcome(plain=to_plain(dry_run(config, tell)))
-    with sweep_progress() as watching:
+    with sweep_watch() as watching:
         result = sweep(config, tell, watching)
     return Outcome(plain=to_plain(result))
 
@@ -140,6 +139,12 @@ def _submit(config: configs.SubmitConfig) -> Outcome:
     words = ["--config", config.recipe or "", *config.words]
     asked = parse(VERBS[config.verb], words, VERBS).config
     return run_as_job(config, to_plain(asked), tell)
+
+
+def _runs(config: configs.RunsConfig) -> Outcome:
+    from offsite_ray.cli.listing import listed
+
+    return listed(config)
 
 
 def _estimate(config: configs.EstimateConfig) -> Outcome:
@@ -232,6 +237,14 @@ VERBS: dict[str, Verb] = {
             configs.SubmitConfig,
             "run a verb as a job of a Ray cluster, and see what became of it",
             _submit,
+            recorded=False,
+        ),
+        Verb(
+            "runs",
+            configs.RunsConfig,
+            "list runs: what became of them, what they made and took",
+            _runs,
+            recorded=False,
         ),
         Verb(
             "estimate",
@@ -261,5 +274,5 @@ VERBS: dict[str, Verb] = {
 }
 """Name to verb."""
 
-_AS_JOBS = [name for name in VERBS if name not in ("serve", "submit", "demo")]
+_AS_JOBS = [name for name in VERBS if name not in ("serve", "submit", "runs", "demo")]
 """Those that can be submitted. What serves is deployed: ``serve deploy``."""

@@ -15,6 +15,7 @@ from offsite_ray.config.artefacts import (
     VerifyConfig,
 )
 from offsite_ray.config.measuring import EstimateConfig, EvaluateConfig
+from offsite_ray.config.running import RUNS, RunsConfig, check_run_name
 from offsite_ray.config.serving import ApplicationConfig, Limits, ServeConfig, check_model_name
 from offsite_ray.config.submitting import SubmitConfig, check_address
 from offsite_ray.config.sweeping import OBJECTIVES, SweepConfig
@@ -30,6 +31,7 @@ from offsite_ray.config.training import (
 __all__ = [
     "OBJECTIVES",
     "OFFLOAD_STAGES",
+    "RUNS",
     "ApplicationConfig",
     "CompressConfig",
     "ComputeDtype",
@@ -43,6 +45,7 @@ __all__ = [
     "Offload",
     "PlugInConfig",
     "PrepareConfig",
+    "RunsConfig",
     "ServeConfig",
     "SubmitConfig",
     "SweepConfig",
@@ -51,4 +54,5 @@ __all__ = [
     "VerifyConfig",
     "check_address",
     "check_model_name",
+    "check_run_name",
 ]

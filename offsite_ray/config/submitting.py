@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from offsite_ray.config.running import check_run_name, is_run_name
 from offsite_ray.errors import ConfigError
 
 ACTIONS = ("list", "status", "stop")
 """What can be asked in the place of a verb."""
 
-_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,99}")
 _ADDRESS = re.compile(r"https?://[^/\s@]+/?")
 
 
@@ -36,6 +36,8 @@ class SubmitConfig:
     on."""
     root: str | None = None
     """Folder that the recipe's paths are below; every node must see it."""
+    runs: str | None = None
+    """Directory that the run's own directory is made in; by default runs, below `root`."""
     follow: bool = False
     """Show the job's log until its end, and exit as it does; with status too."""
     packages: Literal["installed", "pip", "any"] = "installed"
@@ -57,11 +59,8 @@ class SubmitConfig:
         """Check what can be checked without the cluster; raise :class:`ConfigError`."""
         if self.address is not None:
             check_address(self.address)
-        if self.name is not None and not _NAME.fullmatch(self.name):
-            raise ConfigError(
-                f"name={self.name!r} must be letters, digits, '.', '_' and '-', up to 100, the "
-                "first a letter or digit"
-            )
+        if self.name is not None:
+            check_run_name(self.name, "name")
         for name in ("driver_cpus", "driver_gpus", "reconnect_timeout"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 0")
@@ -71,6 +70,11 @@ class SubmitConfig:
         for key, value in (self.driver_labels or {}).items():
             if not isinstance(value, str):
                 raise ConfigError(f"driver_labels: {key}={value!r} must be a text")
+        if self.runs is not None and self.root is None and not Path(self.runs).is_absolute():
+            raise ConfigError(
+                f"runs={self.runs!r} is below no folder that outlives the job; give --root DIR, "
+                "which every node sees, or a whole path"
+            )
         self._check_action()
 
     def _check_action(self) -> None:
@@ -83,6 +87,11 @@ class SubmitConfig:
             raise ConfigError(f"submit {self.verb} needs --name; 'submit list' lists them")
 
     @property
+    def runs_directory(self) -> str | None:
+        """Where the run's directory is made, perhaps below `root`; None: nowhere."""
+        return self.runs or (None if self.root is None else "runs")
+
+    @property
     def run_name(self) -> str:
         """The run's name.
 
@@ -90,7 +99,7 @@ class SubmitConfig:
             ConfigError: It has none, and the recipe's cannot be one.
         """
         name = self.name or f"{self.verb}-{Path(self.recipe or '').stem}"
-        if not _NAME.fullmatch(name):
+        if not is_run_name(name):
             raise ConfigError(f"{name!r} cannot be the name of a run; give one with --name")
         return name
 

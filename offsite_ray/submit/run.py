@@ -49,13 +49,18 @@ def submit(
     if before and _is_done(before[-1], config.verb, digest):
         notice(f"{before[-1].job} has done this already; another --name does it again")
         return before[-1]
+    recorded = config.runs_directory
+    kept = [] if recorded is None else ["--run", name, "--runs", recorded]
     number = max((job.number for job in before), default=0) + 1
     with packed(recipe, config.packages) as environment:
         server.submit(
             name,
             number,
             shlex.join(
-                ["python", "-m", "offsite_ray.cli.job", config.root or ".", config.verb, *words]
+                [
+                    *("python", "-m", "offsite_ray.cli.job", config.root or ".", config.verb),
+                    *(*kept, *words),
+                ]
             ),
             runtime_env=environment,
             metadata={

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from offsite_ray.cluster import check_room, embedded_ray
 from offsite_ray.errors import OffsiteError, StorageError, TrainingError
-from offsite_ray.results import CheckpointRecord, EvalRecord, RunStart, StepRecord
+from offsite_ray.results import CheckpointRecord, DevicesRecord, EvalRecord, RunStart, StepRecord
 from offsite_ray.train.worker import RECORDS, RESERVED, read_result, worker
 
 if TYPE_CHECKING:
@@ -68,15 +68,28 @@ def run_on_ray(
     with embedded_ray(config.num_workers), following(run_dir / RECORDS, report):
         gpu = use_gpu(config)
         check_room(config.num_workers, gpu=gpu)
-        for attempt in range(config.max_failures + 1):
-            try:
-                _fit(task, config, run_dir, gpu=gpu)
-                break
-            except Exception as error:
-                if attempt == config.max_failures or not may_be_mended(error):
-                    raise worker_error(error, run_dir) from error
-                _free(run_dir)
+        num = config.num_workers
+        # Ray Train asks for a GPU for each worker, and for a CPU where it uses none.
+        with devices_held(report, num_gpus=num if gpu else 0, num_cpus=0 if gpu else num):
+            for attempt in range(config.max_failures + 1):
+                try:
+                    _fit(task, config, run_dir, gpu=gpu)
+                    break
+                except Exception as error:
+                    if attempt == config.max_failures or not may_be_mended(error):
+                        raise worker_error(error, run_dir) from error
+                    _free(run_dir)
     return read_result(run_dir)
+
+
+@contextlib.contextmanager
+def devices_held(report: Report, *, num_gpus: int, num_cpus: int) -> Iterator[None]:
+    """Report what workers hold while the block runs, and then that they hold it no more."""
+    report(DevicesRecord(num_gpus=num_gpus, num_cpus=num_cpus))
+    try:
+        yield
+    finally:
+        report(DevicesRecord(num_gpus=0, num_cpus=0))
 
 
 def _fit(task: TrainingTask, config: TrainingConfig, run_dir: Path, *, gpu: bool) -> None:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from offsite_ray.cluster import attempt, check_room, count_attempts, done_parts, embedded_ray
 from offsite_ray.distillation.teacher import Teacher
-from offsite_ray.train.run import use_gpu, worker_env
+from offsite_ray.train.run import devices_held, use_gpu, worker_env
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from offsite_ray.config import DistillConfig
     from offsite_ray.distillation.cache import CacheTask
+    from offsite_ray.results import Report
 
 
 class TeacherActor:
@@ -36,11 +37,16 @@ class TeacherActor:
 
 
 def fill_on_ray(
-    task: CacheTask, config: DistillConfig, parts: Sequence[int], tell: Callable[[int], None]
+    task: CacheTask,
+    config: DistillConfig,
+    parts: Sequence[int],
+    tell: Callable[[int], None],
+    report: Report = lambda _: None,
 ) -> None:
     """Write parts of a cache with ``config.num_workers`` actors.
 
-    A lost actor's parts are computed again by another; the files are whole or not there.
+    A lost actor's parts are computed again by another; the files are whole or not there. What the
+    actors hold of the cluster is reported.
 
     Raises:
         ConfigError: The cluster cannot hold the actors.
@@ -50,17 +56,19 @@ def fill_on_ray(
     with embedded_ray(config.num_workers):
         gpu = use_gpu(config)
         check_room(config.num_workers, gpu=gpu)
+        num = min(config.num_workers, len(parts))
         done = done_parts(
             "filling the teacher cache",
             {part: task.file(part).name for part in parts},
             TeacherActor,
             fn_constructor_args=(task, count_attempts()),
             fn_constructor_kwargs={"gpu": gpu},
-            concurrency=min(config.num_workers, len(parts)),
+            concurrency=num,
             num_cpus=1,
             num_gpus=1 if gpu else 0,
             runtime_env={"env_vars": worker_env(config.num_workers, gpu=gpu)},
         )
-        with contextlib.closing(done):
+        held = devices_held(report, num_gpus=num if gpu else 0, num_cpus=num)
+        with held, contextlib.closing(done):
             for part in done:
                 tell(part)

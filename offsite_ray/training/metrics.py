@@ -122,8 +122,13 @@ SERVICES: dict[str, Callable[[Mapping[str, Any]], Place]] = {"wandb": Wandb, "ml
 
 
 @contextlib.contextmanager
-def logged(config: TrainingConfig, report: Report) -> Iterator[Report]:
+def logged(config: TrainingConfig, report: Report, record: Path | None = None) -> Iterator[Report]:
     """Give a report that also writes to the log directory and to services.
+
+    Args:
+        config: Names them.
+        report: Told of everything.
+        record: Directory of the run's record, in which ``metrics.jsonl`` is written too.
 
     Raises:
         ConfigError: A service is unknown or not installed.
@@ -135,18 +140,18 @@ def logged(config: TrainingConfig, report: Report) -> Iterator[Report]:
     services = [_service(name, to_plain(config)) for name in config.report_to]
     files: list[Place] = []
 
-    def both(record: Record) -> None:
+    def both(step: Record) -> None:
         try:
-            if isinstance(record, RunStart):  # once more for workers that were started again
+            if isinstance(step, RunStart):  # once more for workers that were started again
                 _close(files)
-                files[:] = _files(config.log_dir)
+                files[:] = _files(config.log_dir, record)
                 # From the run's own history: who logged before may have been killed behind it.
-                for earlier in record.earlier:
+                for earlier in step.earlier:
                     _write(files, earlier)
             else:
-                _write((*services, *files), record)
+                _write((*services, *files), step)
         finally:
-            report(record)
+            report(step)
 
     try:
         if config.log_dir is not None:
@@ -176,11 +181,12 @@ def _service(name: str, settings: Mapping[str, Any]) -> Place:
         raise ConfigError(f"--report-to {name} needs the package {name}; pip install it") from error
 
 
-def _files(log_dir: str | None) -> Sequence[Place]:
-    if log_dir is None:
-        return ()
-    directory = Path(log_dir)
-    return (JsonLines(directory), TensorBoard(directory))
+def _files(log_dir: str | None, record: Path | None) -> Sequence[Place]:
+    found: list[Place] = [] if record is None else [JsonLines(record)]
+    if log_dir is not None:
+        directory = Path(log_dir)
+        found += [JsonLines(directory), TensorBoard(directory)]
+    return found
 
 
 def _write(places: Sequence[Place], record: Record) -> None:
