@@ -72,6 +72,12 @@ class JobError(ClusterError):
         self.exit_status = exit_status
 
 
+class UnfitError(OffsiteError):
+    """A machine or a cluster on which not all is as it must be."""
+
+    exit_status = 1
+
+
 class TrainingError(OffsiteError):
     """A run that cannot go on: a worker lost, an engine that failed."""
 

@@ -12,14 +12,14 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import requests
 
 from tests.deployed import eventually, free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -60,23 +60,41 @@ class Head:
         return environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=self.token)
 
     @contextlib.contextmanager
-    def running(self, *flags: str) -> Iterator[None]:
-        """Run ``ray start`` until the block ends; every file of it is in one place."""
+    def running(
+        self, *flags: str, within: Sequence[str] = (), **env: str
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """Run ``ray start`` until the block ends; every file of it is in one place.
+
+        Args:
+            *flags: Of ``ray start``.
+            within: Command that runs it, by its last words.
+            **env: Of the node's processes.
+        """
         process = subprocess.Popen(
-            [BIN / "ray", "start", "--block", f"--temp-dir={self.scratch}",
+            [*within, BIN / "ray", "start", "--block", f"--temp-dir={self.scratch}",
              f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats", *flags],
-            env={**self.environment, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"},
+            env={**self.environment, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", **env},
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:
-            yield
+            yield process
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
 
-    def worker(self, *flags: str) -> contextlib.AbstractContextManager[None]:
+    def worker(
+        self, *flags: str, within: Sequence[str] = (), **env: str
+    ) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
         """Run another node on this machine until the block ends."""
-        return self.running(f"--address={self.gcs}", "--node-ip-address=127.0.0.1", *flags)
+        address = (f"--address={self.gcs}", "--node-ip-address=127.0.0.1")
+        return self.running(*address, *flags, within=within, **env)
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Return what the dashboard tells of the nodes that are alive."""
+        url = f"{self.dashboard}/api/v0/nodes"
+        answer = requests.get(url, headers=self.headers, timeout=30)
+        found: list[dict[str, Any]] = answer.json()["data"]["result"]["result"]
+        return [node for node in found if node["state"] == "ALIVE"]
 
 
 @contextlib.contextmanager

@@ -37,6 +37,7 @@ ON_RAY = frozenset(
         "bench_distill",
         "bench_prepare",
         "demo",
+        "doctor_on_ray",
         "drills_on_ray",
         "monitoring",
         "prepare",

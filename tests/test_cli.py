@@ -69,7 +69,7 @@ def test_without_a_verb_the_verbs_are_listed_in_the_order_of_the_loop(
     listed = [line.split()[0] for line in lines if line.startswith("  ") and "--" not in line]
     order = (
         "compress unpack prepare distill finetune plug-in evaluate sweep serve submit runs "
-        "estimate inspect verify demo"
+        "estimate inspect verify doctor demo"
     )
     assert " ".join(listed) == " ".join(VERBS) == order
 

@@ -158,14 +158,8 @@ def head() -> Iterator[Head]:
         running_head("--num-cpus=2") as found,
         found.worker("--num-cpus=1", '--resources={"steady": 1}', "--labels=tier=steady"),
     ):
-        eventually(lambda: len(nodes(found)) == 2, LONG_S)
+        eventually(lambda: len(found.nodes()) == 2, LONG_S)
         yield found
-
-
-def nodes(head: Head) -> list[dict[str, Any]]:
-    answer = requests.get(f"{head.dashboard}/api/v0/nodes", headers=head.headers, timeout=30)
-    found: list[dict[str, Any]] = answer.json()["data"]["result"]["result"]
-    return [node for node in found if node["state"] == "ALIVE"]
 
 
 def words_of(head: Head, *words: str) -> list[str]:
@@ -228,7 +222,7 @@ def test_a_job_that_fails_gives_its_exit_status(head: Head, tmp_path: Path) -> N
 
 
 def test_the_driver_is_where_it_was_asked_for(head: Head, loop: Loop, tmp_path: Path) -> None:
-    (steady,) = (n["node_id"] for n in nodes(head) if "steady" in n["resources_total"])
+    (steady,) = (n["node_id"] for n in head.nodes() if "steady" in n["resources_total"])
     file = recipe(tmp_path, inspect={"path": str(loop.bundle)})
     places = ("--driver-resources={steady: 0.1}", "--driver-labels={tier: steady}")
 

@@ -166,6 +166,12 @@ def _verify(config: configs.VerifyConfig) -> Outcome:
     return Outcome(plain=to_plain(verify(config)))
 
 
+def _doctor(config: configs.DoctorConfig) -> Outcome:
+    from offsite_ray.cli.doctoring import doctor
+
+    return doctor(config, tell)
+
+
 def _demo(config: configs.DemoConfig) -> Outcome:
     from offsite_ray.demo.run import run_demo
     from offsite_ray.report import terminal_table
@@ -265,6 +271,12 @@ VERBS: dict[str, Verb] = {
             _verify,
         ),
         Verb(
+            "doctor",
+            configs.DoctorConfig,
+            "check that a cluster, or this machine, is fit for it, and how to mend it",
+            _doctor,
+        ),
+        Verb(
             "demo",
             configs.DemoConfig,
             "run the whole loop on this machine, without downloads",
@@ -274,5 +286,6 @@ VERBS: dict[str, Verb] = {
 }
 """Name to verb."""
 
-_AS_JOBS = [name for name in VERBS if name not in ("serve", "submit", "runs", "demo")]
-"""Those that can be submitted. What serves is deployed: ``serve deploy``."""
+_AS_JOBS = [name for name in VERBS if name not in ("serve", "submit", "runs", "doctor", "demo")]
+"""Those that can be submitted. What serves is deployed: ``serve deploy``; doctor has its
+own --address."""

@@ -17,7 +17,7 @@ from offsite_ray.config.artefacts import (
 from offsite_ray.config.measuring import EstimateConfig, EvaluateConfig
 from offsite_ray.config.running import RUNS, RunsConfig, check_run_name
 from offsite_ray.config.serving import ApplicationConfig, Limits, ServeConfig, check_model_name
-from offsite_ray.config.submitting import SubmitConfig, check_address
+from offsite_ray.config.submitting import DoctorConfig, SubmitConfig, check_address
 from offsite_ray.config.sweeping import OBJECTIVES, SweepConfig
 from offsite_ray.config.training import (
     OFFLOAD_STAGES,
@@ -37,6 +37,7 @@ __all__ = [
     "ComputeDtype",
     "DemoConfig",
     "DistillConfig",
+    "DoctorConfig",
     "EstimateConfig",
     "EvaluateConfig",
     "FinetuneConfig",

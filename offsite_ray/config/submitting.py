@@ -104,6 +104,40 @@ class SubmitConfig:
         return name
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DoctorConfig:
+    """Check whether machines are fit for what is to run on them."""
+
+    address: str | None = None
+    """Where a cluster's job server listens, http://HEAD:8265; by default the Ray of RAY_ADDRESS is
+    examined, or this machine alone."""
+    storage: str | None = None
+    """Path or URI of the runs; every node writes, reads and removes a small file there."""
+    timeout: float = 60.0
+    """Seconds that every node has to answer."""
+    min_free_disk_gib: float = 10.0
+    """GiB that must be free on each disk that is used."""
+    min_free_memory_gib: float = 2.0
+    """GiB of memory that must be free."""
+    max_clock_skew: float = 1.0
+    """Seconds that the clock of a node may be off."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked from here; raise :class:`ConfigError`."""
+        if self.address is not None:
+            check_address(self.address)
+            if self.storage and "://" not in self.storage and not Path(self.storage).is_absolute():
+                raise ConfigError(
+                    f"storage={self.storage!r} must be a whole path or a URI, where every node is "
+                    "to write to it"
+                )
+        if self.timeout <= 0:
+            raise ConfigError(f"timeout={self.timeout} must be above 0")
+        for name in ("min_free_disk_gib", "min_free_memory_gib", "max_clock_skew"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 0")
+
+
 def check_address(address: str) -> None:
     """Refuse what is no address of a job server; raise :class:`ConfigError`."""
     if not _ADDRESS.fullmatch(address):

@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
+import sysconfig
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +17,7 @@ from offsite_ray.errors import TrainingError, first_line
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_NAME = "deepspeed_shm_comm"
 _SECONDS_TO_START = 5.0
 """Most that torch takes from its lock to the start of a compiler."""
 
@@ -26,9 +29,8 @@ def build_extension() -> None:
         TrainingError: It cannot be compiled.
     """
     from deepspeed.comm.torch import build_shm_op
-    from torch.utils.cpp_extension import _get_build_directory
 
-    directory = Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
+    directory = compiled_extension().parent
     with _locked(directory):
         _drop_left(directory / "lock")
         try:
@@ -38,6 +40,25 @@ def build_extension() -> None:
                 f"DeepSpeed's extension cannot be compiled: {first_line(error)}; install a C++ "
                 "compiler (g++) and ninja on every node"
             ) from error
+
+
+def compiled_extension() -> Path:
+    """Return the file that it is compiled into; its directory is there then."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    return Path(_get_build_directory(_NAME, verbose=False)) / f"{_NAME}.so"
+
+
+def missing_tools() -> tuple[str, ...]:
+    """Return what is missing here of what compiles it."""
+    compiler = os.environ.get("CXX", "c++")
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    there = {
+        compiler: shutil.which(compiler) is not None,
+        "ninja": shutil.which("ninja") is not None,
+        str(header): header.is_file(),
+    }
+    return tuple(name for name, found in there.items() if not found)
 
 
 def _drop_left(lock: Path) -> None:
