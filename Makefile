@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 # DeepSpeed looks for ninja on the PATH when it compiles its extensions.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help demo test test-long check format bench-distill bench-estimate bench-finetune bench-quality bench-outofcore bench-prepare bench-sweep bench-serve clean
+.PHONY: help demo test test-long check format bench-distill bench-estimate bench-finetune bench-quality bench-outofcore bench-prepare bench-sweep bench-serve drills clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -69,6 +69,9 @@ bench-sweep: $(STAMP) ## Measure sweeps: trials side by side, first trial, memor
 
 bench-serve: $(STAMP) ## Measure serving: many tenants on one trunk, under load; ARGS goes to the script
 	python benchmarks/serve.py $(ARGS)
+
+drills: $(STAMP) ## Break a real cluster in every way we know, and write what was lost; takes root
+	python -m cluster.drills $(ARGS)
 
 clean: ## Remove the environment, builds and caches
 	rm -rf $(VENV) build dist *.egg-info

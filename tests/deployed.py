@@ -8,7 +8,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import requests
 
+from cluster.local import free_port
 from tests.served import Tenants, make_tenants
 from tests.texts import CHAT
 from tests.tiny_models import tiny_tokenizer
@@ -169,10 +169,3 @@ def eventually(true: Callable[[], bool], within: float = 20.0) -> None:
     while not true():
         assert time.monotonic() < until, "it did not come to be"
         time.sleep(0.05)
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port: int = taken.getsockname()[1]
-        return port

@@ -8,7 +8,7 @@ import socket
 import threading
 from urllib.parse import urlsplit
 
-from tests.deployed import free_port
+from cluster.local import free_port
 
 
 class Proxy:

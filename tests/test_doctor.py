@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from packaging.requirements import Requirement
 
+from cluster.local import ROOT, environment
 from offsite_ray.cli import main
 from offsite_ray.config import DoctorConfig
 from offsite_ray.doctor import (
@@ -34,7 +35,6 @@ from offsite_ray.doctor.facts import Disk, Extension, Gpu, Storage
 from offsite_ray.doctor.measure import PACKAGES, gpus_of, marked, try_storage
 from offsite_ray.results import to_plain
 from offsite_ray.train.extension import missing_tools
-from tests.clusters import ROOT, environment
 from tests.deployed import free_port
 
 if TYPE_CHECKING:
@@ -359,6 +359,14 @@ def test_one_machine_needs_no_ray(
     out, err = capsys.readouterr()
     assert "not fit: disk, storage; each finding says how to mend it" in err
     assert "No such file or directory" in " ".join(out.split())
+
+
+def test_a_ray_that_is_gone_keeps_nobody_waiting(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+    assert main(["doctor"]) == 1
+    assert "no Ray answers at RAY_ADDRESS=127.0.0.1:" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

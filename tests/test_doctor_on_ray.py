@@ -10,11 +10,9 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import pytest
 
-from tests.clusters import LONG_S, ROOT, Head, running_head
-from tests.deployed import eventually
+from cluster.local import ROOT, Head, Node, Place, running_head
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,13 +45,12 @@ def head() -> Iterator[Head]:
     # A node that hangs is to be found by who asks it, not to be given up before.
     patient = '--system-config={"health_check_failure_threshold": 1000}'
     with running_head("--num-cpus=2", patient) as found:
+        found.wait_for_nodes(1)
         yield found
 
 
 @pytest.fixture(scope="module")
-def odd(
-    head: Head, storage: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[subprocess.Popen[bytes]]:
+def odd(head: Head, storage: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     """Run a node with another version, another clock, read-only storage and a small disk."""
     folder = tmp_path_factory.mktemp(ODD)
     (folder / "blake3-0.0.1.dist-info").mkdir()
@@ -72,10 +69,10 @@ def odd(
     ).returncode:
         pytest.skip("no mounts of its own can be given to a process here (unshare)")
     # An address of its own, or drivers might take it for the node that they are on.
-    flags = ("--num-cpus=1", f"--node-name={ODD}", "--node-ip-address=127.0.0.2")
-    with head.worker(*flags, within=without_others(DISKS, "sh"), **given) as process:
-        eventually(lambda: len(head.nodes()) == 2, LONG_S)
-        yield process
+    place = Place(address="127.0.0.2", through=without_others(DISKS, "sh"), variables=given)
+    with head.worker("--num-cpus=1", f"--node-name={ODD}", place=place) as node:
+        head.wait_for_nodes(2, node)
+        yield node
 
 
 def doctor(head: Head, *words: str, **env: str) -> tuple[int, dict[str, Any], str]:
@@ -98,7 +95,7 @@ def failed(told: dict[str, Any]) -> dict[str, str]:
 
 
 def test_a_node_that_is_well_is_fit(head: Head, storage: Path) -> None:
-    words = (f"--storage={storage}", "--timeout=150")
+    words = (f"--storage={storage}", "--timeout=600")
     status, told, said = doctor(head, *words, RAY_ADDRESS=head.gcs)
     assert (status, told["fit"]) == (0, True), said + json.dumps(told["findings"])
     here, node = told["facts"]
@@ -107,10 +104,8 @@ def test_a_node_that_is_well_is_fit(head: Head, storage: Path) -> None:
     assert abs(node["clock_ahead_s"]) <= node["round_trip_s"]
 
 
-def test_a_job_finds_what_is_wrong_with_a_node(
-    head: Head, odd: subprocess.Popen[bytes], storage: Path
-) -> None:
-    words = (f"--address={head.dashboard}", f"--storage={storage}", "--timeout=150")
+def test_a_job_finds_what_is_wrong_with_a_node(head: Head, odd: Node, storage: Path) -> None:
+    words = (f"--address={head.dashboard}", f"--storage={storage}", "--timeout=600")
     status, told, said = doctor(head, *words)
     assert status == 1, said
     found = failed(told)
@@ -134,8 +129,8 @@ def odd_folder(told: dict[str, Any]) -> str:
     return str(min(facts["disks"], key=lambda disk: disk["total_bytes"])["path"])
 
 
-def test_a_node_that_hangs_is_found_in_time(head: Head, odd: subprocess.Popen[bytes]) -> None:
-    (raylet,) = [p for p in psutil.Process(odd.pid).children() if p.name() == "raylet"]
+def test_a_node_that_hangs_is_found_in_time(head: Head, odd: Node) -> None:
+    (raylet,) = [p for p in odd.processes() if p.name() == "raylet"]
     raylet.send_signal(signal.SIGSTOP)
     try:
         status, told, said = doctor(head, "--timeout=15", RAY_ADDRESS=head.gcs)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
+from cluster.local import environment
 from offsite_ray.cli import main
 from offsite_ray.cli.arguments import parse
 from offsite_ray.cli.verbs import VERBS
@@ -23,7 +24,6 @@ from offsite_ray.config import InspectConfig
 from offsite_ray.errors import ConfigError, StorageError, TrainingError
 from offsite_ray.runs import Recorder, RunRecord, read_run, recorded, recording
 from offsite_ray.runs.record import LOST_S, Attempt, utc_now
-from tests.clusters import environment
 
 if TYPE_CHECKING:
     from pathlib import Path

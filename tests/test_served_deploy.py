@@ -17,8 +17,8 @@ import pytest
 import requests
 import yaml
 
-from tests.clusters import BIN, LONG_S, ROOT, Head, answers, environment, running_head
-from tests.deployed import eventually, free_port, make_served
+from cluster.local import BIN, LONG_S, ROOT, Head, answers, environment, free_port, running_head
+from tests.deployed import eventually, make_served
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import time
 from collections import Counter
 from dataclasses import replace
@@ -38,7 +39,7 @@ def examine_ray(storage: str | None, timeout: float) -> tuple[Facts, ...]:
     """
     import ray
 
-    with _connected() as context, marked(storage, timeout / 2) as marker:
+    with _connected(timeout) as context, marked(storage, timeout / 2) as marker:
         dashboard = context.dashboard_url
         here = Facts(
             node="here",
@@ -53,18 +54,22 @@ def examine_ray(storage: str | None, timeout: float) -> tuple[Facts, ...]:
 
 
 @contextlib.contextmanager
-def _connected() -> Iterator[Any]:
+def _connected(timeout: float) -> Iterator[Any]:
     """Connect to the cluster of ``RAY_ADDRESS`` until the block ends."""
     import ray
     from ray.exceptions import RayError
 
+    address = os.environ["RAY_ADDRESS"]
+    host, _, port = address.rpartition(":")
     try:
+        if port.isdigit():  # Ray itself tries for more than ten minutes
+            socket.create_connection((host, int(port)), timeout).close()
         context = ray.init(log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         raise ClusterError(
-            f"no Ray answers at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: {first_line(error)}; "
-            "is it up, and is the token that of the cluster (RAY_AUTH_TOKEN)? Without RAY_ADDRESS "
-            "this machine alone is examined"
+            f"no Ray answers at RAY_ADDRESS={address}: {first_line(error)}; is it up, and is the "
+            "token that of the cluster (RAY_AUTH_TOKEN)? Without RAY_ADDRESS this machine alone is "
+            "examined"
         ) from error
     try:
         yield context

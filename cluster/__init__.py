@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where Ray runs; not installed, used from the repository root."""
