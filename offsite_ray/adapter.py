@@ -4,20 +4,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offsite_ray.bundle import (
     Manifest,
     TensorDirectory,
-    atomic_directory,
     read_verified,
     write_manifest,
 )
 from offsite_ray.errors import IntegrityError
+from offsite_ray.storage import fetched, published
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from offsite_ray.emulator import EmulatorBundle
     from offsite_ray.split import SplitPlan
@@ -40,13 +40,13 @@ class AdapterBundle:
 
 
 def open_adapter(directory: str | Path) -> AdapterBundle:
-    """Return an adapter bundle, every file of it verified.
+    """Return the adapter bundle of a directory or a URI, every file of it verified.
 
     Raises:
         BundleError: It is no adapter bundle.
         IntegrityError: It is not whole, was altered, or contradicts itself.
     """
-    path = Path(directory)
+    path = fetched(directory)
     manifest = read_verified(path, "adapter_bundle")
     finetuning = manifest.recipe.get("finetuning")
     method = finetuning.get("method") if isinstance(finetuning, dict) else None
@@ -60,7 +60,7 @@ def open_adapter(directory: str | Path) -> AdapterBundle:
 
 def write_adapter(
     bundle: EmulatorBundle,
-    out: Path,
+    out: str | Path,
     save: Callable[[Path], Mapping[str, str]],
     recipe: Mapping[str, Any],
     measured: Mapping[str, Any],
@@ -69,12 +69,12 @@ def write_adapter(
 
     Args:
         bundle: The emulator bundle that it was trained against.
-        out: Directory to write.
+        out: Directory or URI to write.
         save: Writes the trained tensors into a directory; returns file name to digest.
         recipe: How it was trained; ``recipe["method"]`` names the fine-tuning method.
         measured: Figures of the run.
     """
-    with atomic_directory(out) as tmp:
+    with published(out) as tmp:
         files = save(tmp)
         manifest = Manifest(
             kind="adapter_bundle",

@@ -16,12 +16,12 @@ from offsite_ray.architectures import (
     load_config,
     load_model,
     model_class,
-    model_directory,
     quiet_transformers,
     resolve_architecture,
 )
 from offsite_ray.bundle import TensorDirectory
 from offsite_ray.errors import FamilyError, IntegrityError, first_line
+from offsite_ray.storage import model_at
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,14 +42,14 @@ class FullModel:
 def open_full_model(
     name: str | Path, blocks: str | None = None, notice: Notice | None = None
 ) -> FullModel:
-    """Return the full model of a directory (or of the hub), its weights looked at, not loaded.
+    """Return the full model of a directory, a URI or the hub, its weights looked at, not loaded.
 
     Raises:
         StorageError: There is none.
         FamilyError: Its family is in no table and its structure is ambiguous.
         IntegrityError: Its weights do not hold the blocks that its config promises.
     """
-    path = model_directory(name)
+    path = model_at(name)
     config = load_config(path)
     arch = resolve_architecture(config, blocks, notice)
     weights = TensorDirectory.of_model(path)

@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from offsite_ray.adapter import AdapterBundle, open_adapter
 from offsite_ray.architectures import (
     config_values,
     load_config,
-    model_directory,
     resolve_architecture,
 )
 from offsite_ray.architectures.bottleneck import BOTTLENECK_FILE
@@ -25,7 +23,7 @@ from offsite_ray.bundle import (
     read_verified,
 )
 from offsite_ray.data import check_files, open_prepared
-from offsite_ray.data.manifest import DATA_MANIFEST, read_data_manifest
+from offsite_ray.data.manifest import read_data_manifest
 from offsite_ray.emulator import (
     EmulatorBundle,
     blocks_path,
@@ -37,9 +35,12 @@ from offsite_ray.finetuning.host import host_of_full_model
 from offsite_ray.finetuning.methods import finetuning_method
 from offsite_ray.finetuning.writing import check_plug_in
 from offsite_ray.results import to_plain
+from offsite_ray.storage import DATA_MANIFEST, fetched, model_at
+from offsite_ray.uris import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from offsite_ray.bundle import Manifest
     from offsite_ray.config import VerifyConfig
@@ -66,20 +67,22 @@ class VerifyResult:
 
 
 def inspect_path(path: str | Path, blocks: str | None = None) -> dict[str, Any]:
-    """Return what is in a directory, as plain values; nothing is verified but the manifest.
+    """Return what is in a directory or at a URI; nothing is verified but the manifest.
 
     Raises:
         StorageError: It is neither a bundle nor a model.
         IntegrityError: Its manifest was altered.
     """
-    directory = Path(path)
+    return {"path": shown(str(path)), **_inspected(fetched(path), blocks)}
+
+
+def _inspected(directory: Path, blocks: str | None) -> dict[str, Any]:
     if (directory / DATA_MANIFEST).is_file():
         return _inspect_data(directory)
     if directory.is_dir() and not (directory / MANIFEST).is_file():
         return _inspect_model(directory, blocks)
     manifest = read_manifest(directory)
     return {
-        "path": str(directory),
         "kind": manifest.kind,
         "id": manifest.id,
         "created": manifest.created,
@@ -101,7 +104,7 @@ def inspect_path(path: str | Path, blocks: str | None = None) -> dict[str, Any]:
 def _inspect_data(directory: Path) -> dict[str, Any]:
     """Return what is in a directory of prepared data."""
     manifest = read_data_manifest(directory)
-    known = {"path": str(directory), "kind": _PREPARED, "digest": manifest.digest}
+    known = {"kind": _PREPARED, "digest": manifest.digest}
     return {**known, **to_plain(manifest)}
 
 
@@ -111,7 +114,6 @@ def _inspect_model(directory: Path, blocks: str | None) -> dict[str, Any]:
     config = load_config(directory)
     arch = resolve_architecture(config, blocks)
     return {
-        "path": str(directory),
         "kind": "model",
         "family": values.get("model_type"),
         "architecture": arch.class_name,
@@ -145,9 +147,9 @@ def verify(config: VerifyConfig) -> VerifyResult:
         BundleError: It is not.
         DataError: Prepared data is not.
     """
-    path = Path(config.path)
+    path = fetched(config.path)
     if (path / DATA_MANIFEST).is_file():
-        return _verify_data(config)
+        return _verify_data(config, path)
     manifest = read_manifest(path)
     opened = _OPENERS[manifest.kind](path)
     if config.model is not None:
@@ -158,38 +160,37 @@ def verify(config: VerifyConfig) -> VerifyResult:
             check_plug_in(method, path, opened.weights, host)
     return VerifyResult(
         verdict=_verdict("it belongs to", config.model),
-        path=config.path,
+        path=shown(config.path),
         kind=manifest.kind,
         id=manifest.id,
         num_files=len(manifest.files),
         num_tensors=len(opened.weights.tensors),
-        checked_against=config.model,
+        checked_against=None if config.model is None else shown(config.model),
     )
 
 
-def _verify_data(config: VerifyConfig) -> VerifyResult:
-    path = Path(config.path)
+def _verify_data(config: VerifyConfig, path: Path) -> VerifyResult:
     manifest = read_data_manifest(path)
     if config.model is None:
         check_files(path, manifest)
     else:
-        model = model_directory(config.model)
+        model = model_at(config.model)
         open_prepared(path, model, load_config(model).vocab_size)
     return VerifyResult(
         verdict=_verdict("it was prepared for", config.model),
-        path=config.path,
+        path=shown(config.path),
         kind=_PREPARED,
         id=manifest.digest,
         num_files=len(manifest.files),
         num_tensors=0,
-        checked_against=config.model,
+        checked_against=None if config.model is None else shown(config.model),
     )
 
 
 def _verdict(relation: str, model: str | None) -> str:
     if model is None:
         return f"whole and unaltered; give --model to check which model {relation}"
-    return f"whole and unaltered, and {relation} {model}"
+    return f"whole and unaltered, and {relation} {shown(model)}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

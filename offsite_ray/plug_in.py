@@ -11,17 +11,18 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offsite_ray.adapter import AdapterBundle, open_adapter
 from offsite_ray.architectures import Notice, block_parameters
 from offsite_ray.architectures.bottleneck import detach_bottlenecks, set_bottlenecks
-from offsite_ray.bundle import Manifest, atomic_directory, check_free, write_manifest
+from offsite_ray.bundle import Manifest, write_manifest
 from offsite_ray.emulator import blocks_path, check_fits, open_full_model
 from offsite_ray.finetuning.host import Host, host_of_full_model
 from offsite_ray.finetuning.methods import bottleneck_tensors, finetuning_method
 from offsite_ray.finetuning.writing import checked_replacements, write_plugged_in
+from offsite_ray.storage import check_untaken, published
+from offsite_ray.uris import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,15 +62,14 @@ def plug_in(config: PlugInConfig, notice: Notice | None = None) -> PlugInResult:
         BundleError: It is no adapter bundle, or one that was altered.
     """
     start = time.perf_counter()
-    out = Path(config.out)
-    check_free(out)
+    check_untaken(config.out)
     adapter = open_adapter(config.adapter)
     full = open_full_model(config.model, blocks_path(adapter.manifest))
     host = host_of_full_model(full, adapter.plan)
     method = finetuning_method(adapter.method)
     linked = host.other_files if method.replacements else full.weights.files
     known = check_fits(adapter.path, adapter.manifest, full, linked, from_memory=True)
-    with atomic_directory(out) as tmp:
+    with published(config.out) as tmp:
         done = write_plugged_in(tmp, host, method, adapter.path, adapter.weights, known)
         manifest = Manifest(
             kind="plugged_in_model",
@@ -89,7 +89,7 @@ def plug_in(config: PlugInConfig, notice: Notice | None = None) -> PlugInResult:
         for name in done.added:
             notice(f"added {_told(adapter.weights.tensors[name])} beside the weights")
     return PlugInResult(
-        out=str(out),
+        out=shown(config.out),
         id=manifest.id,
         adapter=adapter.manifest.id,
         method=method.name,

@@ -56,7 +56,7 @@ def make_loop(root: Path, family: str = "gpt2", plan: str = "1-2-1") -> Loop:
     return loop
 
 
-def distill_config(loop: Loop, out: Path, **given: Any) -> DistillConfig:
+def distill_config(loop: Loop, out: str | Path, **given: Any) -> DistillConfig:
     """Return the configuration of a distillation in this process, unless workers are given."""
     fields: dict[str, Any] = {
         "model": str(loop.model),

@@ -28,11 +28,11 @@ from offsite_ray.data import (
 )
 from offsite_ray.data.documents import Document
 from offsite_ray.data.encoding import Encoder, Example
-from offsite_ray.data.manifest import DATA_MANIFEST
 from offsite_ray.data.packing import COLUMNS
 from offsite_ray.data.parts import Piece
 from offsite_ray.errors import DataError, ResumeError
 from offsite_ray.finetuning import finetune
+from offsite_ray.storage import DATA_MANIFEST
 from offsite_ray.training import LanguageModelLoss, run_here
 from offsite_ray.training.batches import collate
 from offsite_ray.training.sources import prepared_for, row_length

@@ -21,16 +21,15 @@ from offsite_ray.cli import main
 from offsite_ray.cli.preparing import PartLines
 from offsite_ray.data import (
     PartsRecord,
-    fetch_prepared,
     is_prepared,
     open_prepared,
     parts,
     place_of,
     write_blocks,
 )
-from offsite_ray.data.manifest import DATA_MANIFEST
-from offsite_ray.errors import ClusterError, ConfigError, DataError, StorageError
+from offsite_ray.errors import ClusterError, ConfigError, IntegrityError, StorageError
 from offsite_ray.prepare import write_on_ray
+from offsite_ray.storage import DATA_MANIFEST
 from offsite_ray.training.sources import prepared_for
 from tests.conftest import ROOT
 from tests.killers import dying_in
@@ -298,8 +297,9 @@ def test_a_prefix_without_a_manifest_is_no_prepared_data(
 
 
 def test_two_that_write_one_prefix_do_not_mix(
-    tokenizer_dir: Path, sources: str, tmp_path: Path, s3: str
+    tokenizer_dir: Path, sources: str, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     out = uri("two", s3)
 
     def interrupted(writer: PartWriter) -> Generator[WrittenPart, None, None]:
@@ -309,13 +309,13 @@ def test_two_that_write_one_prefix_do_not_mix(
     with pytest.raises(StorageError, match="s3://texts/two holds prepared data"):
         write_blocks([sources], tokenizer_dir, 64, out, write_parts=interrupted)
     assert len({name.split("/")[0] for name in names("two", s3)}) == 2
-    fetch_prepared(place_of(out), tmp_path / "copy")
-    assert open_prepared(tmp_path / "copy", tokenizer_dir, 128).block_size == 32
+    assert open_prepared(out, tokenizer_dir, 128).block_size == 32
 
 
 def test_two_that_write_the_same_to_one_prefix_both_end_well(
-    tokenizer_dir: Path, sources: str, tmp_path: Path, s3: str
+    tokenizer_dir: Path, sources: str, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     out = uri("same", s3)
 
     def interrupted(writer: PartWriter) -> Generator[WrittenPart, None, None]:
@@ -323,23 +323,24 @@ def test_two_that_write_the_same_to_one_prefix_both_end_well(
         yield from map(writer, range(len(writer.parts)))
 
     result = write_blocks([sources], tokenizer_dir, 64, out, write_parts=interrupted)
-    fetch_prepared(place_of(out), tmp_path / "copy")
-    assert open_prepared(tmp_path / "copy", tokenizer_dir, 128).digest == result.digest
+    assert open_prepared(out, tokenizer_dir, 128).digest == result.digest
 
 
 def test_training_fetches_what_it_reads_often(
-    loop: Loop, sources: str, tmp_path: Path, s3: str
+    loop: Loop, sources: str, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     config = load_config(loop.model)
     source = uri("for-training", s3)
     made = write_blocks([sources], loop.model, 64, source)
     data = prepared_for([source], loop.model, config, None, tmp_path / "run", None)
-    assert (data.digest, data.path) == (made.digest, (tmp_path / "run/data").resolve())
+    assert (data.digest, data.uri, data.at_hand) == (made.digest, source, data.path)
+    assert is_prepared(data.path)
     place = place_of(source)
     damaged = next(file for file, _ in place.files() if file.path.endswith(".parquet"))
     with place.filesystem.open_output_stream(damaged.path) as stream:
         stream.write(b"damaged")
-    with pytest.raises(DataError, match="was altered"):
+    with pytest.raises(IntegrityError, match="was altered"):
         prepared_for([source], loop.model, config, None, tmp_path / "other", None)
 
 

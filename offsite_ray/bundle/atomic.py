@@ -55,22 +55,34 @@ def check_parent(out: Path) -> None:
 def atomic_directory(out: Path) -> Iterator[Path]:
     """Yield a temporary sibling of ``out`` that takes its name when the block ends well.
 
-    On any exception, an interrupt among them, the sibling is removed; that of a process which was
-    killed goes when the next one writes to ``out``.
+    On any exception, an interrupt among them, the sibling is removed.
 
     Raises:
         StorageError: ``out`` is taken, or the file system refuses (no space, no permission).
     """
     check_free(out)
-    with storage_errors(out, nothing_left=True), made_parent(out), _locked_sibling(out) as tmp:
+    with storage_errors(out, nothing_left=True), sibling_directory(out) as tmp:
+        yield tmp
+        _sync_tree(tmp)
+        check_free(out)  # another may have written it meanwhile
+        if out.is_dir():
+            out.rmdir()
+        tmp.rename(out)
+        sync(out.parent)
+
+
+@contextlib.contextmanager
+def sibling_directory(out: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of ``out``, which goes with the block.
+
+    That of a process which was killed goes when the next one asks for a sibling of ``out``.
+
+    Raises:
+        OSError: The file system refuses; what it says, for the caller to put in words.
+    """
+    with made_parent(out), _locked_sibling(out) as tmp:
         try:
             yield tmp
-            _sync_tree(tmp)
-            check_free(out)  # another may have written it meanwhile
-            if out.is_dir():
-                out.rmdir()
-            tmp.rename(out)
-            sync(out.parent)
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
 

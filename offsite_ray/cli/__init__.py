@@ -17,6 +17,7 @@ from offsite_ray.cli.output import ensure_streams, printable, show, stdout_reser
 from offsite_ray.cli.recording import running
 from offsite_ray.cli.verbs import VERBS
 from offsite_ray.errors import ConfigError, OffsiteError, unknown_name
+from offsite_ray.uris import scrubbed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -135,5 +136,5 @@ def _complain(message: str) -> None:
     """Print one line on stderr, below the traceback where that is wanted."""
     if _wants_traceback():
         traceback.print_exc()
-    line = printable(" ".join(message.split()))
+    line = scrubbed(printable(" ".join(message.split())))
     print(f"offsite-ray: {line}", file=sys.stderr, flush=True)

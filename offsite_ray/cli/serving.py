@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from offsite_ray.cli.output import Outcome
 from offsite_ray.cluster import serving_ray
 from offsite_ray.errors import ClusterError, ConfigError, first_line
+from offsite_ray.uris import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,7 +50,7 @@ def serve(config: ServeConfig, notice: Callable[[str], None]) -> Outcome:
         replicas = (config.min_replicas, config.max_replicas)
         num_gpus = max(1.0, config.num_gpus) if config.engine == "vllm" else config.num_gpus
         logs = stack.enter_context(serving_ray(replicas, config.num_cpus, num_gpus))
-        notice(f"starting {config.model} on Ray Serve")
+        notice(f"starting {shown(config.model)} on Ray Serve")
         stack.callback(_shut_down, config, notice)
         url = _run(application, config)
     except BaseException:

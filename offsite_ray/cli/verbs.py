@@ -15,6 +15,7 @@ from offsite_ray.cli.recording import preparing_report, sweep_watch, training_re
 from offsite_ray.cli.verb import Verb
 from offsite_ray.errors import ConfigError, unknown_name
 from offsite_ray.results import to_plain
+from offsite_ray.uris import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,12 +105,14 @@ def _plug_in(config: configs.PlugInConfig) -> Outcome:
 def _evaluate(config: configs.EvaluateConfig) -> Outcome:
     from offsite_ray.evaluation import evaluate
     from offsite_ray.report import terminal_table, write_report
+    from offsite_ray.storage import replaced_files
 
     result = evaluate(config, tell)
     if config.report is not None:
-        title = f"Offsite-tuning of {Path(config.model).resolve().name}"
-        page, _ = write_report(Path(config.report), result, title=title)
-        tell(f"wrote {page}")
+        title = f"Offsite-tuning of {Path(shown(config.model)).resolve().name}"
+        with replaced_files(config.report) as folder:
+            page, _ = write_report(folder, result, title=title)
+        tell(f"wrote {shown(config.report).rstrip('/')}/{page.name}")
     return Outcome(plain=result.to_json(), table=terminal_table(result))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from offsite_ray.errors import ConfigError
+from offsite_ray.uris import is_uri, shown
 
 MODEL_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}")
 """What a model may be called: it is the model id of clients, and part of an address."""
@@ -122,8 +123,10 @@ class ApplicationConfig(Limits):
         found: dict[str, str] = {}
         for given in self.adapter:
             name, equals, path = given.partition("=")
-            if not equals or not path:
-                raise ConfigError(f"adapter {given!r} must be NAME=ADAPTER, a name and a directory")
+            if not equals or not path or is_uri(given):
+                raise ConfigError(
+                    f"adapter {shown(given)!r} must be NAME=ADAPTER, a name and a directory"
+                )
             check_model_name(name)
             if name in found:
                 raise ConfigError(f"two adapters are called {name!r}; rename one")

@@ -9,13 +9,11 @@ what the logits at ``t - 1`` should predict, as in transformers.
 from offsite_ray.data.blocks import BlockFiles, TokenBlocks, all_blocks, split_blocks
 from offsite_ray.data.documents import read_documents
 from offsite_ray.data.packing import IGNORED
-from offsite_ray.data.places import place_of
 from offsite_ray.data.prepared import (
     PartsRecord,
     PreparedData,
     PrepareResult,
     check_files,
-    fetch_prepared,
     is_prepared,
     open_prepared,
     prepare,
@@ -24,6 +22,7 @@ from offsite_ray.data.prepared import (
     write_here,
 )
 from offsite_ray.data.writing import PartWriter, WrittenPart
+from offsite_ray.storage import place_of
 
 __all__ = [
     "IGNORED",
@@ -36,7 +35,6 @@ __all__ = [
     "WrittenPart",
     "all_blocks",
     "check_files",
-    "fetch_prepared",
     "is_prepared",
     "open_prepared",
     "place_of",

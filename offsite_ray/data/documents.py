@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from offsite_ray.data.parts import DATASET, open_dataset, parts_of
-from offsite_ray.data.places import reason
 from offsite_ray.errors import DataError, first_line
+from offsite_ray.storage import reason
 
 if TYPE_CHECKING:
     from offsite_ray.data.parts import Piece

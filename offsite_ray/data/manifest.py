@@ -13,8 +13,8 @@ from offsite_ray.bundle.digest import digest_plain
 from offsite_ray.data.writing import WrittenFile
 from offsite_ray.errors import DataError
 from offsite_ray.results import to_plain
+from offsite_ray.storage import DATA_MANIFEST
 
-DATA_MANIFEST = "offsite-data.json"
 SCHEMA_VERSION = 1
 
 

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from offsite_ray.data.places import is_uri, place_of, reason
 from offsite_ray.errors import DataError, first_line
+from offsite_ray.storage import place_of, reason
+from offsite_ray.uris import is_uri
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from typing import Any
 
-    from offsite_ray.data.places import Place
+    from offsite_ray.storage import Place
 
 DATASET = "dataset"
 """The form of a piece that is no file."""

@@ -11,24 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pyarrow.fs import LocalFileSystem, copy_files
 
 from offsite_ray.architectures import Notice, load_tokenizer
-from offsite_ray.bundle import atomic_directory, digest_file
+from offsite_ray.bundle import digest_file
 from offsite_ray.bundle.digest import digest_plain
-from offsite_ray.data.manifest import DATA_MANIFEST, DataManifest, read_data_manifest
+from offsite_ray.data.manifest import DataManifest, read_data_manifest
 from offsite_ray.data.parts import parts_of
-from offsite_ray.data.places import place_of, reason
 from offsite_ray.data.publishing import publishing
 from offsite_ray.data.writing import PartWriter, WrittenPart
 from offsite_ray.errors import DataError, StorageError
+from offsite_ray.storage import DATA_MANIFEST, fetched, place_of, retried, store_of
+from offsite_ray.uris import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from offsite_ray.config import PrepareConfig
     from offsite_ray.data.parts import Part
-    from offsite_ray.data.places import Place
 
 WriteParts = Callable[[PartWriter], Generator[WrittenPart, None, None]]
 """Writes every part, in any order."""
@@ -81,6 +80,14 @@ class PreparedData:
     """Digest of the tokenizer that it was made with."""
     digest: str | None = None
     """Digest of the blocks; None for blocks that ``prepare`` did not write."""
+
+    uri: str | None = None
+    """Where it was fetched from, for other nodes; None: all see the directory."""
+
+    @property
+    def at_hand(self) -> Path:
+        """Where it is on the machine of this process; rows are read in any order."""
+        return self.path if self.uri is None else fetched(self.uri)
 
 
 def write_here(writer: PartWriter) -> Generator[WrittenPart, None, None]:
@@ -136,6 +143,7 @@ def write_blocks(
     if block_size < 2:
         raise DataError(f"a block of {block_size} tokens predicts nothing; give at least 2")
     with publishing(target) as publication:
+        tokenizer_dir = fetched(tokenizer_dir)
         tokenizer = load_tokenizer(tokenizer_dir)
         digest = tokenizer_digest(tokenizer_dir)
         parts = _ordered(parts_of(sources), seed)
@@ -246,37 +254,35 @@ def is_prepared(source: str | Path) -> bool:
         StorageError: The filesystem of the URI cannot be used.
     """
     place = place_of(str(source)).below(DATA_MANIFEST)
-    try:
-        return place.is_file()
-    except OSError as error:
-        raise StorageError(f"{place.name} cannot be read: {reason(error)}") from error
+    return retried(place.is_file, place)
 
 
 def open_prepared(path: str | Path, tokenizer_dir: str | Path, vocab_size: int) -> PreparedData:
-    """Return a prepared directory that fits a model, every file of it verified.
+    """Return prepared data, at a path or a URI, that fits a model, every file of it verified.
 
     Raises:
         DataError: It is damaged, or was made with another tokenizer.
     """
-    folder = Path(path)
+    folder = fetched(path)
     manifest = read_data_manifest(folder)
     if manifest.tokenizer != tokenizer_digest(tokenizer_dir):
         raise DataError(
-            f"{path} was prepared with another tokenizer than that of {tokenizer_dir}; run "
-            f"'offsite-ray prepare --tokenizer {tokenizer_dir}'"
+            f"{shown(str(path))} was prepared with another tokenizer than that of {tokenizer_dir}; "
+            f"run 'offsite-ray prepare --tokenizer {tokenizer_dir}'"
         )
     check_files(folder, manifest)
     if manifest.max_token >= vocab_size:
         raise DataError(
-            f"{path} holds token {manifest.max_token}, and the model knows {vocab_size}: the "
-            "tokenizer does not belong to it"
+            f"{shown(str(path))} holds token {manifest.max_token}, and the model knows "
+            f"{vocab_size}: the tokenizer does not belong to it"
         )
     return PreparedData(
-        path=folder,
+        path=folder.resolve(),
         block_size=manifest.block_size,
         num_blocks=manifest.num_blocks,
         tokenizer=manifest.tokenizer,
         digest=manifest.digest,
+        uri=None if store_of(path) is None else str(path),
     )
 
 
@@ -286,30 +292,6 @@ def check_files(folder: Path, manifest: DataManifest) -> None:
         blocks = folder / file.name
         if not blocks.is_file() or digest_file(blocks) != file.digest:
             raise DataError(f"{blocks} is missing or was altered; run 'offsite-ray prepare' again")
-
-
-def fetch_prepared(place: Place, out: Path) -> None:
-    """Copy prepared data to a directory of this machine, whole or not at all.
-
-    Raises:
-        DataError: Its manifest is damaged.
-        StorageError: It cannot be read, or ``out`` is taken.
-    """
-    with atomic_directory(out) as tmp:
-        names = [DATA_MANIFEST]
-        try:
-            for name in names:
-                (tmp / name).parent.mkdir(exist_ok=True)
-                copy_files(
-                    place.below(name).path,
-                    str(tmp / name),
-                    source_filesystem=place.filesystem,
-                    destination_filesystem=LocalFileSystem(),
-                )
-                if name == DATA_MANIFEST:
-                    names += [file.name for file in read_data_manifest(tmp).files]
-        except OSError as error:
-            raise StorageError(f"{place.name} cannot be fetched: {reason(error)}") from error
 
 
 def tokenizer_digest(directory: str | Path) -> str:

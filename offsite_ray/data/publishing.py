@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from offsite_ray.bundle import atomic_directory
-from offsite_ray.data.manifest import DATA_MANIFEST, DataManifest
-from offsite_ray.data.places import Place, reason
 from offsite_ray.errors import StorageError
+from offsite_ray.storage import DATA_MANIFEST, Place, reason, write_small
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from offsite_ray.data.manifest import DataManifest
 
 
 class Publication(ABC):
@@ -108,8 +109,7 @@ class _Prefix(Publication):
                     "same --out perhaps; run it again"
                 )
         text = manifest.below(self._prefix).to_text()
-        with self._manifest.filesystem.open_output_stream(self._manifest.path) as file:
-            file.write(text.encode("utf-8"))
+        write_small(self._manifest, text.encode("utf-8"))
 
     def clear(self) -> None:
         """Remove what was written, as far as the store can be reached."""

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from offsite_ray.data.documents import read_piece
 from offsite_ray.data.encoding import Encoder, Example
 from offsite_ray.data.packing import COLUMNS, IGNORED, Packer
-from offsite_ray.data.places import reason
 from offsite_ray.errors import StorageError
+from offsite_ray.storage import reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from offsite_ray.data.documents import Document
     from offsite_ray.data.packing import Blocks
     from offsite_ray.data.parts import Part
-    from offsite_ray.data.places import Place
+    from offsite_ray.storage import Place
 
 _SCHEMA = pa.schema([(name, pa.list_(pa.int32())) for name in COLUMNS])
 

@@ -34,6 +34,7 @@ from offsite_ray.results import (
     StepRecord,
     TrainingHistory,
 )
+from offsite_ray.uris import refuse_uri
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,6 +80,7 @@ def run_demo(config: DemoConfig, tell: Callable[[str], None]) -> DemoResult:
         OffsiteError: The foundation is missing, the folder is taken, or a step fails.
     """
     start = time.perf_counter()
+    refuse_uri("--out", config.out)
     foundation = _foundation(config)
     demo = Demo(Folders(Path(config.out).resolve()), DemoRecipe().scaled(config.scale), tell)
     folders = demo.folders

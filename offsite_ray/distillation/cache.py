@@ -34,6 +34,7 @@ from offsite_ray.distillation.losses import active_losses
 from offsite_ray.distillation.module import TEACHER
 from offsite_ray.errors import CacheError, OffsiteError
 from offsite_ray.results import to_plain
+from offsite_ray.storage import found_by_all
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,7 +134,7 @@ def cache_task(
     )
     return CacheTask(
         key=key,
-        model=str(full.path.resolve()),
+        model=found_by_all(config.model, full.path),
         blocks=blocks,
         data=data,
         directory=str(Path(config.teacher_cache or "").resolve()),

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +27,7 @@ from offsite_ray.emulator import (
 from offsite_ray.errors import ConfigError
 from offsite_ray.rehearsal import empty_batch, rehearse
 from offsite_ray.results import TrainingHistory, recipe_of
+from offsite_ray.storage import found_by_all
 from offsite_ray.training import (
     LANGUAGE_MODEL,
     Fit,
@@ -37,6 +37,7 @@ from offsite_ray.training import (
     run_directory,
 )
 from offsite_ray.training.sources import prepared_for
+from offsite_ray.uris import refuse_uri, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -86,24 +87,24 @@ def distill(
         OffsiteError: Model, bundle or data cannot be used; nothing is left behind.
     """
     start = time.perf_counter()
-    out = Path(config.out)
-    check_out(out, config.resume)
+    refuse_uri("--teacher-cache", config.teacher_cache)
+    check_out(config.out, config.resume)
     bundle = open_bundle(config.bundle)
     if not bundle.plan.emulator:
         raise ConfigError(
-            f"{config.bundle} keeps no emulator block ({bundle.plan.short}), so there is nothing "
-            "to distil; compress with a plan that keeps one"
+            f"{shown(config.bundle)} keeps no emulator block ({bundle.plan.short}), so there is "
+            "nothing to distil; compress with a plan that keeps one"
         )
     full = open_full_model(config.model, blocks_path(bundle.manifest))
     check_fits(bundle.path, bundle.manifest, full)
     packed = _told_of_packing(bundle, notice)
     apart = keeps_documents_apart(full.config, full.arch, full.weights)
-    with run_directory(out, config.resume) as run_dir:
+    with run_directory(config.out, config.resume) as run_dir:
         data = prepared_for(config.data, full.path, full.config, config.seq_len, run_dir, notice)
         cache = _filled_cache(config, full, bundle, data, fill, notice, use_positions=apart)
         task = DistillTask(
-            model=str(full.path.resolve()),
-            bundle=str(bundle.path.resolve()),
+            model=found_by_all(config.model, full.path),
+            bundle=found_by_all(config.bundle, bundle.path),
             bundle_id=bundle.manifest.id,
             plan=bundle.plan,
             blocks=blocks_path(bundle.manifest),
@@ -114,10 +115,10 @@ def distill(
         )
         task = replace(task, flops_per_token=_flops_per_token(task, full, bundle))
         outcome = fit(task, config, run_dir, report)
-        manifest = _write(bundle, task, outcome, out, packed)
+        manifest = _write(bundle, task, outcome, packed)
     history = outcome.history
     return DistillResult(
-        out=config.out,
+        out=shown(config.out),
         id=manifest.id,
         first_losses=history.evaluations[0].losses,
         last_losses=_result_losses(history),
@@ -135,7 +136,6 @@ def _write(
     bundle: EmulatorBundle,
     task: DistillTask,
     outcome: TrainingOutcome,
-    out: Path,
     packed: Mapping[str, Any],
 ) -> Manifest:
     """Write the bundle with what was trained, and how."""
@@ -153,7 +153,7 @@ def _write(
         "distillation_losses": dict(_result_losses(history)),
     }
     tensors = _bundle_state(bundle, task, outcome.state)
-    return write_distilled(bundle, tensors, out, recipe, measured)
+    return write_distilled(bundle, tensors, task.config.out, recipe, measured)
 
 
 def _told_of_packing(bundle: EmulatorBundle, notice: Notice | None) -> dict[str, Any]:

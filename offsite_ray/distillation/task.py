@@ -12,6 +12,7 @@ from offsite_ray.data import PreparedData, split_blocks
 from offsite_ray.distillation.cache import CachedBlocks, open_cache
 from offsite_ray.distillation.losses import active_losses
 from offsite_ray.distillation.module import distillation_module
+from offsite_ray.storage import fetched
 from offsite_ray.training import loaded_dtype, set_dtypes
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class DistillTask:
     """An emulator in the middle of its full model. Plain values: it is shipped to workers."""
 
     model: str
+    """By which every node finds it, as the next."""
     bundle: str
     bundle_id: str
     plan: SplitPlan
@@ -66,12 +68,17 @@ class DistillTask:
         """Return the module that is trained; see :func:`distillation_module`."""
         compute = DTYPES[self.config.dtype]
         stored = loaded_dtype(compute)
-        full = load_model(self.model, dtype=stored, dropout=False) if self.runs_teacher else None
-        emulator = load_model(self.bundle, dtype=stored, dropout=False)
+        full = (
+            load_model(fetched(self.model), dtype=stored, dropout=False)
+            if self.runs_teacher
+            else None
+        )
+        bundle = fetched(self.bundle)
+        emulator = load_model(bundle, dtype=stored, dropout=False)
         module = distillation_module(
             full,
             emulator,
-            resolve_architecture(load_config(self.bundle), self.blocks),
+            resolve_architecture(load_config(bundle), self.blocks),
             self.plan,
             self.config,
             use_positions=self.use_positions,
@@ -81,7 +88,7 @@ class DistillTask:
 
     def datasets(self) -> tuple[TokenDataset, TokenDataset]:
         """Return the rows to train on and the held-out ones."""
-        both = split_blocks(self.data.path, self.config.eval_fraction, self.config.seed)
+        both = split_blocks(self.data.at_hand, self.config.eval_fraction, self.config.seed)
         if self.cache is None:
             return both
         cache, ends = open_cache(Path(self.cache.directory), self.cache.key), self.cache.key.ends

@@ -17,6 +17,7 @@ from offsite_ray.architectures import (
 )
 from offsite_ray.bundle import atomic_file, specs, write_file
 from offsite_ray.data import all_blocks
+from offsite_ray.storage import fetched
 from offsite_ray.training import loaded_dtype
 from offsite_ray.training.batches import collate
 
@@ -37,15 +38,16 @@ class Teacher:
         self._task = task
         self._device = torch.device("cuda" if gpu else "cpu")
         stored = loaded_dtype(DTYPES[task.key.dtype])
-        model = load_model(task.model, dtype=stored, dropout=False)
-        arch = resolve_architecture(load_config(task.model), task.blocks)
+        directory = fetched(task.model)
+        model = load_model(directory, dtype=stored, dropout=False)
+        arch = resolve_architecture(load_config(directory), task.blocks)
         blocks = list(get_blocks(model, arch))[: max(task.key.ends) + 1]
         set_blocks(model, arch, torch.nn.ModuleList(blocks))
         self._model: Any = model.to(self._device)  # type: ignore[arg-type]
         self._caught: dict[int, Tensor] = {}
         for end in task.key.ends:
             blocks[end].register_forward_hook(self._catch(end))
-        self._rows = all_blocks(task.data.path)
+        self._rows = all_blocks(task.data.at_hand)
 
     def _catch(self, end: int) -> Callable[..., None]:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offsite_ray.architectures import Architecture, load_config, resolve_architecture
@@ -15,7 +14,6 @@ from offsite_ray.bundle import (
     PackedDirectory,
     TensorDirectory,
     all_finite,
-    atomic_directory,
     difference,
     digests,
     fingerprint,
@@ -29,9 +27,11 @@ from offsite_ray.emulator.companions import belongs_to_bundle, write_companions
 from offsite_ray.emulator.packing import packed_again
 from offsite_ray.errors import IntegrityError, PlugInError
 from offsite_ray.full_model import FullModel, check_block_count
+from offsite_ray.storage import fetched, published
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
+    from pathlib import Path
 
     from torch import Tensor
     from transformers.configuration_utils import PretrainedConfig
@@ -72,13 +72,13 @@ class EmulatorBundle:
 
 
 def open_bundle(directory: str | Path) -> EmulatorBundle:
-    """Return an emulator bundle, every file of it verified.
+    """Return the emulator bundle of a directory or a URI, every file of it verified.
 
     Raises:
         BundleError: It is no emulator bundle.
         IntegrityError: It is not whole, was altered, or contradicts itself.
     """
-    path = Path(directory)
+    path = fetched(directory)
     manifest = read_verified(path, "emulator_bundle")
     if foreign := [name for name in manifest.files if not belongs_to_bundle(name)]:
         raise IntegrityError(f"{path} holds {foreign[0]!r}, which is no part of an emulator bundle")
@@ -156,7 +156,7 @@ def blocks_path(manifest: Manifest) -> str | None:
 def write_distilled(
     bundle: EmulatorBundle,
     tensors: Mapping[str, Tensor],
-    out: Path,
+    out: str | Path,
     recipe: Mapping[str, Any],
     measured: Mapping[str, Any],
 ) -> Manifest:
@@ -167,7 +167,7 @@ def write_distilled(
     Args:
         bundle: The bundle that was trained.
         tensors: Name on disk in the bundle to trained tensor.
-        out: Directory to write.
+        out: Directory or URI to write.
         recipe: How it was distilled.
         measured: Figures of the run.
     """
@@ -176,7 +176,7 @@ def write_distilled(
         for name, tensor in tensors.items()
     }
     weights = bundle.weights
-    with atomic_directory(out) as tmp:
+    with published(out) as tmp:
         if isinstance(weights, PackedDirectory):
             files = write_packed(tmp, packed_again(weights, replacements))
         else:

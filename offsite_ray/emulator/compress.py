@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offsite_ray.architectures import Notice, in_full, kept_config, linear_weights
@@ -15,8 +14,6 @@ from offsite_ray.bundle import (
     Manifest,
     ModelFacts,
     TensorSpec,
-    atomic_directory,
-    check_free,
     fingerprint,
     lazy_spec,
     new_hasher,
@@ -30,6 +27,8 @@ from offsite_ray.emulator.matrices import MatrixToCompress
 from offsite_ray.emulator.packing import wrap_config, write_weights
 from offsite_ray.emulator.statistics import Statistics, check_text, measure
 from offsite_ray.full_model import FullModel, check_by_example, open_full_model
+from offsite_ray.storage import check_untaken, published
+from offsite_ray.uris import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -87,8 +86,7 @@ def compress(config: CompressConfig, notice: Notice | None = None) -> CompressRe
         OffsiteError: The model, the plan or a method cannot be used; nothing is left behind.
     """
     start = time.perf_counter()
-    out = Path(config.out)
-    check_free(out)
+    check_untaken(config.out)
     compression = parse_compression(config.compress)
     full = open_full_model(config.model, config.blocks, notice)
     refuse_bottlenecks(full.path)
@@ -112,11 +110,11 @@ def compress(config: CompressConfig, notice: Notice | None = None) -> CompressRe
         matrices=matrices,
         statistics=statistics,
     )
-    manifest = _write_bundle(parts, out, recipe, start)
+    manifest = _write_bundle(parts, config.out, recipe, start)
     if "packed" in manifest.dtypes and notice is not None:
         notice(NEEDS)
     return CompressResult(
-        out=str(out),
+        out=shown(config.out),
         id=manifest.id,
         plan=plan.short,
         select=chosen.method,
@@ -132,11 +130,11 @@ def compress(config: CompressConfig, notice: Notice | None = None) -> CompressRe
     )
 
 
-def _write_bundle(parts: Parts, out: Path, recipe: Mapping[str, Any], start: float) -> Manifest:
+def _write_bundle(parts: Parts, out: str, recipe: Mapping[str, Any], start: float) -> Manifest:
     full, chosen = parts.full, parts.chosen
     carried: dict[str, str] = {}
     tensors, packed = bundle_tensors(parts, carried)
-    with atomic_directory(out) as tmp:
+    with published(out) as tmp:
         files = write_weights(tmp, tensors, packed)
         config = kept_config(full.config, full.arch, chosen.stored)
         files |= write_companions(full.path, tmp, config)

@@ -6,16 +6,17 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offsite_ray.architectures import config_values
-from offsite_ray.bundle import PackedDirectory, atomic_directory, check_free, write_manifest
+from offsite_ray.bundle import PackedDirectory, write_manifest
 from offsite_ray.emulator.bundle import open_bundle
 from offsite_ray.emulator.companions import write_companions
 from offsite_ray.emulator.compress import dtypes_of
 from offsite_ray.emulator.packing import as_read, write_config, write_weights
 from offsite_ray.errors import BundleError
+from offsite_ray.storage import check_untaken, published
+from offsite_ray.uris import shown
 
 if TYPE_CHECKING:
     from offsite_ray.config import UnpackConfig
@@ -44,16 +45,15 @@ def unpack(config: UnpackConfig) -> UnpackResult:
         BundleError: It is no emulator bundle, or nothing in it is packed.
     """
     start = time.perf_counter()
-    out = Path(config.out)
-    check_free(out)
+    check_untaken(config.out)
     bundle = open_bundle(config.bundle)
     weights = bundle.weights
     if not isinstance(weights, PackedDirectory):
         raise BundleError(
-            f"nothing in {config.bundle} is packed: stock transformers loads it as is"
+            f"nothing in {shown(config.bundle)} is packed: stock transformers loads it as is"
         )
     specs = [as_read(weights, name) for name in weights.tensors]
-    with atomic_directory(out) as tmp:
+    with published(config.out) as tmp:
         files = write_weights(tmp, specs, {})
         files |= write_companions(bundle.path, tmp, None)
         files |= write_config(tmp, config_values(bundle.path)["base_config"])
@@ -67,7 +67,7 @@ def unpack(config: UnpackConfig) -> UnpackResult:
         )
         manifest = write_manifest(tmp, manifest)
     return UnpackResult(
-        out=config.out,
+        out=shown(config.out),
         id=manifest.id,
         num_unpacked=len(weights.packed),
         packed_bytes=weights.nbytes,

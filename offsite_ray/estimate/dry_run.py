@@ -4,18 +4,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from offsite_ray.architectures import load_config, model_directory
+from offsite_ray.architectures import load_config
 from offsite_ray.bundle import MANIFEST, read_manifest
 from offsite_ray.config import EstimateConfig
-from offsite_ray.data import is_prepared, place_of
+from offsite_ray.data import is_prepared
 from offsite_ray.data.manifest import read_data_manifest
 from offsite_ray.emulator import blocks_path
 from offsite_ray.errors import ConfigError
 from offsite_ray.estimate.run import Estimate, estimate
+from offsite_ray.storage import DATA_MANIFEST, fetched, model_at
 from offsite_ray.training.sources import row_length
+from offsite_ray.uris import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,14 +57,17 @@ def dry_run(
         ConfigError: There is neither a bundle nor a plan, or nothing to distil.
         OffsiteError: The full model's config cannot be used.
     """
-    model = load_config(model_directory(config.model, files=("config.json",)))
-    if (Path(config.bundle) / MANIFEST).is_file():
-        manifest = read_manifest(Path(config.bundle))
+    model = load_config(model_at(config.model, ("config.json",)))
+    bundle = fetched(config.bundle, (MANIFEST,))
+    if (bundle / MANIFEST).is_file():
+        manifest = read_manifest(bundle)
         usual = EstimateConfig(model=config.model, plan="", seq_len=row_length(model, None, None))
         plan, blocks = manifest.plan.spelled_out, blocks_path(manifest)
         given = replace(given or usual, plan=plan, blocks=blocks)
     if given is None:
-        raise ConfigError(f"{config.bundle} is no bundle; make it first: offsite-ray compress")
+        raise ConfigError(
+            f"{shown(config.bundle)} is no bundle; make it first: offsite-ray compress"
+        )
     prepared = _prepared_length(config.data)
     length = row_length(model, config.seq_len, prepared)
     if prepared is None and config.seq_len is None:
@@ -86,10 +90,10 @@ def dry_run(
 
 
 def _prepared_length(sources: Sequence[str]) -> int | None:
-    """Return the tokens of a row of data that is prepared, and on this machine."""
-    for place in map(place_of, sources):
-        if place.is_local and is_prepared(place.path):
-            return read_data_manifest(Path(place.path)).block_size
+    """Return the tokens of a row of data that is prepared."""
+    for source in sources:
+        if is_prepared(source):
+            return read_data_manifest(fetched(source, (DATA_MANIFEST,))).block_size
     return None
 
 

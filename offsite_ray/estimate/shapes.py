@@ -18,7 +18,6 @@ from offsite_ray.architectures import (
     empty_model,
     kept_config,
     load_config,
-    model_directory,
     resolve_architecture,
 )
 from offsite_ray.distillation import distillation_module
@@ -28,6 +27,7 @@ from offsite_ray.finetuning import finetuning_module
 from offsite_ray.rehearsal import Rehearsal, empty_batch, rehearse
 from offsite_ray.selection import SELECTION_METHODS, selection_method
 from offsite_ray.split import parse_plan
+from offsite_ray.storage import model_at
 from offsite_ray.training import set_dtypes
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def open_shapes(
     Raises:
         OffsiteError: There is no such model, or it cannot follow the plan.
     """
-    config = load_config(model_directory(model, files=("config.json",)))
+    config = load_config(model_at(model, ("config.json",)))
     drop_dropout(config)
     arch = resolve_architecture(config, blocks, notice)
     method = selection_method(select)

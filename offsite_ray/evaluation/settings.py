@@ -18,7 +18,7 @@ import torch
 
 from offsite_ray.adapter import AdapterBundle, open_adapter
 from offsite_ray.architectures import DTYPES, load_model, load_tokenizer
-from offsite_ray.bundle import atomic_file, check_parent
+from offsite_ray.bundle import check_parent
 from offsite_ray.data import read_documents, tokenizer_digest
 from offsite_ray.emulator import (
     EmulatorBundle,
@@ -36,7 +36,9 @@ from offsite_ray.evaluation.tasks import run_tasks
 from offsite_ray.finetuning.host import Host, host_of_bundle, host_of_full_model
 from offsite_ray.plug_in import applied
 from offsite_ray.results import SETTINGS, EvaluationResult, SettingResult, to_plain
+from offsite_ray.storage import replaced
 from offsite_ray.training.devices import give_back
+from offsite_ray.uris import is_uri, without_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -118,18 +120,19 @@ def evaluate(
         del model  # or it would stay beside the next one while that is loaded
     result = compare(
         measured,
-        recipe={**to_plain(config), "seq_len": yardstick.seq_len},
+        recipe={**without_secrets(to_plain(config)), "seq_len": yardstick.seq_len},
         seconds=time.perf_counter() - start,
     )
     if config.out is not None:
-        with atomic_file(Path(config.out)) as tmp:
+        with replaced(config.out) as tmp:
             tmp.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
     return result
 
 
 def _check_outputs(config: EvaluateConfig) -> None:
     """Refuse what cannot be written to, before anything is measured."""
-    out, report = (Path(name) if name else None for name in (config.out, config.report))
+    names = (config.out, config.report)
+    out, report = (Path(n) if n is not None and not is_uri(n) else None for n in names)
     if out is not None and out.is_dir():
         raise StorageError(f"--out {out} is a directory; give the name of a file")
     if report is not None and report.exists() and not report.is_dir():

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from offsite_ray.errors import ConfigError, DataError, StorageError
+from offsite_ray.uris import refuse_uri
 
 Row = Mapping[str, Any]
 
@@ -40,6 +41,7 @@ def parse_task_data(entries: Sequence[str]) -> dict[str, dict[str, Path]]:
             raise ConfigError(
                 f"--task-data {entry!r} is not of the form TASK=FILE or TASK:{FEWSHOT}=FILE"
             )
+        refuse_uri("--task-data", file)
         path = Path(file).expanduser().absolute()
         if not path.is_file():
             raise StorageError(f"--task-data {entry!r}: there is no file {path}")

@@ -18,7 +18,7 @@ from offsite_ray.architectures import (
     load_model,
     resolve_architecture,
 )
-from offsite_ray.bundle import TensorDirectory, atomic_directory, rewrite_model
+from offsite_ray.bundle import TensorDirectory, rewrite_model
 from offsite_ray.data import PreparedData, TokenBlocks, split_blocks
 from offsite_ray.emulator import (
     open_bundle,
@@ -32,6 +32,7 @@ from offsite_ray.finetuning.methods import finetuning_method
 from offsite_ray.finetuning.module import finetuning_module
 from offsite_ray.finetuning.writing import write_plugged_in
 from offsite_ray.results import TrainingHistory, recipe_of
+from offsite_ray.storage import fetched, found_by_all, published
 from offsite_ray.training import (
     LANGUAGE_MODEL,
     Fit,
@@ -44,6 +45,7 @@ from offsite_ray.training import (
     set_dtypes,
 )
 from offsite_ray.training.sources import prepared_for
+from offsite_ray.uris import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,9 +63,9 @@ class FinetuneTask:
     """A language model of which some part trains. Plain values: it is shipped to workers."""
 
     model: str
-    """Directory of the model."""
+    """By which every node finds the model."""
     model_id: str
-    """Id of the bundle, or the path of the baseline's full model."""
+    """Id of the bundle, or the name of the baseline's full model."""
     blocks: str | None
     """Path of the block list, where the table has no row."""
     indices: tuple[int, ...] | None
@@ -85,19 +87,20 @@ class FinetuneTask:
         """Return the model with its loss, on ``device``."""
         compute = DTYPES[self.config.dtype]
         stored = loaded_dtype(compute)
-        model = load_model(self.model, dtype=stored, dropout=False)
-        arch = resolve_architecture(load_config(self.model), self.blocks)
+        directory = fetched(self.model)
+        model = load_model(directory, dtype=stored, dropout=False)
+        arch = resolve_architecture(load_config(directory), self.blocks)
         module = finetuning_module(
             model, arch, self.indices, self.config, use_positions=self.use_positions
         )
         set_dtypes(module, compute)
         if device.type == "cpu" and stored is None and self.config.method == "full":
-            _map_frozen_anew(model, self.model)
+            _map_frozen_anew(model, directory)
         return module.to(device)
 
     def datasets(self) -> tuple[TokenBlocks, TokenBlocks]:
         """Return the rows to train on and the held-out ones."""
-        return split_blocks(self.data.path, self.config.eval_fraction, self.config.seed)
+        return split_blocks(self.data.at_hand, self.config.eval_fraction, self.config.seed)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what a checkpoint must agree on to be resumed."""
@@ -108,7 +111,7 @@ class FinetuneTask:
         }
 
 
-def _map_frozen_anew(model: PreTrainedModel, directory: str) -> None:
+def _map_frozen_anew(model: PreTrainedModel, directory: Path) -> None:
     """Let go of the pages of the weights' file that were read for what is float32 now.
 
     They stay in memory as long as the file is mapped, and the frozen weights are that mapping. In
@@ -156,12 +159,11 @@ def finetune(
         OffsiteError: Bundle, data or method cannot be used; nothing is left behind.
     """
     start = time.perf_counter()
-    out = Path(config.out)
-    check_out(out, config.resume)
+    check_out(config.out, config.resume)
     finetuning_method(config.method)
     bundle = open_bundle(config.bundle) if config.bundle is not None else None
     host = host_of_bundle(bundle) if bundle else _baseline_host(config, notice)
-    with run_directory(out, config.resume) as run_dir:
+    with run_directory(config.out, config.resume) as run_dir:
         task = _task(config, host, bundle, run_dir, notice)
         outcome = fit(task, config, run_dir, report)
         state = {n.removeprefix(LANGUAGE_MODEL): t for n, t in outcome.state.items()}
@@ -172,12 +174,16 @@ def finetune(
             "num_trained": sum(tensor.numel() for tensor in state.values()),
         }
         if bundle is None:
-            _write_baseline(out, run_dir, state, host, config, whole=task.indices is None)
+            _write_baseline(config.out, run_dir, state, host, config, whole=task.indices is None)
             bundle_id = None
         else:
             method = finetuning_method(config.method)
             bundle_id = write_adapter(
-                bundle, out, lambda tmp: method.save(tmp, state, host, config), recipe, measured
+                bundle,
+                config.out,
+                lambda tmp: method.save(tmp, state, host, config),
+                recipe,
+                measured,
             ).id
     return _result(config, bundle_id, outcome, time.perf_counter() - start)
 
@@ -202,10 +208,11 @@ def _task(
             f"the attention of {host.config.model_type} cannot keep the documents in a block "
             "apart: each also sees those before it"
         )
+    given = config.bundle or config.model or ""
     whole = bundle is None and config.method == "full"
     return FinetuneTask(
-        model=str(host.path.resolve()),
-        model_id=bundle.manifest.id if bundle else str(host.path),
+        model=found_by_all(given, host.path),
+        model_id=bundle.manifest.id if bundle else shown(given),
         blocks=host.arch.blocks_path,
         indices=None if whole else tuple(host.positions.values()),
         config=config,
@@ -215,7 +222,7 @@ def _task(
 
 
 def _write_baseline(
-    out: Path,
+    out: str,
     run_dir: Path,
     state: Mapping[str, Tensor],
     host: Host,
@@ -224,7 +231,7 @@ def _write_baseline(
     whole: bool,
 ) -> None:
     """Write the fine-tuned full model: all of it, or with the method's tensors merged."""
-    with atomic_directory(out) as tmp:
+    with published(out) as tmp:
         if whole:
             disk = disk_state(host.config, host.arch, state, host.weights.tensors)
             stored = {n: rounded(n, t, host.weights.tensors[n].dtype) for n, t in disk.items()}
@@ -243,7 +250,7 @@ def _result(
 ) -> FinetuneResult:
     evaluations, last = outcome.history.evaluations, outcome.history.result_evaluation
     return FinetuneResult(
-        out=config.out,
+        out=shown(config.out),
         id=bundle_id,
         method=config.method,
         num_trained=sum(tensor.numel() for tensor in outcome.state.values()),

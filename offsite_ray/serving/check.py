@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from offsite_ray.bundle import check_parent
 from offsite_ray.emulator import open_full_model
+from offsite_ray.errors import StorageError
 from offsite_ray.serving.tenants import read_own
+from offsite_ray.uris import refuse_uri
 
 if TYPE_CHECKING:
     from offsite_ray.config import ApplicationConfig
@@ -21,9 +23,13 @@ def check_servable(config: ApplicationConfig) -> None:
     """
     from pathlib import Path
 
+    refuse_uri("--state", config.state)
     full = open_full_model(config.model)
     registry = Path(config.state) / "registry.sqlite"
     check_parent(registry)
-    for path in map(Path, config.adapters().values()):
-        if path.is_dir() or not registry.exists():  # the store knows what it has taken in
-            read_own(path, full)
+    for name in config.adapters().values():
+        try:
+            read_own(name, full)
+        except StorageError:
+            if not registry.exists():  # else the store knows what it has taken in
+                raise

@@ -19,6 +19,7 @@ from offsite_ray.errors import ConfigError, OffsiteError, RegistryError, Storage
 from offsite_ray.serving.registry import Registry, hash_of
 from offsite_ray.serving.tenants import own_of
 from offsite_ray.serving.uploads import Uploads
+from offsite_ray.storage import fetched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -63,7 +64,7 @@ class Store:
         self._verifying = threading.Lock()
         self._let_admin_in(Path(config.admin_key_file or root / "admin.key"))
         for name, path in config.adapters().items():
-            self._seed(name, Path(path))
+            self._seed(name, path)
 
     def snapshot(self, revision: int | None = None) -> Snapshot | None:
         """Return what is served, or None where it is still that of a revision."""
@@ -130,7 +131,14 @@ class Store:
             name, directory, id=adapter.manifest.id, method=adapter.method, size=own.nbytes
         )
 
-    def _seed(self, name: str, path: Path) -> None:
+    def _seed(self, name: str, given: str) -> None:
+        try:
+            path = fetched(given)
+        except StorageError as error:
+            if not self.registry.was_seeded(name):
+                raise
+            _LOG.warning("%s; %s is as it was taken in and left", error, name)
+            return
         if not path.is_dir() and self.registry.was_seeded(name):
             _LOG.warning("%s is gone; %s is as it was taken in and left", path, name)
             return

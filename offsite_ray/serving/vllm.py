@@ -7,13 +7,13 @@ tenants, no keys and no uploads then: Ray's own application answers.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offsite_ray.architectures import load_config
 from offsite_ray.errors import ConfigError, first_line
 from offsite_ray.serving.app import TORCH_NAMES, replica_options
 from offsite_ray.serving.start import max_positions
+from offsite_ray.storage import fetched
 
 if TYPE_CHECKING:
     from offsite_ray.config import ApplicationConfig
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def vllm_settings(config: ApplicationConfig) -> dict[str, Any]:
     """Return the fields of ``ray.serve.llm.LLMConfig``, as a Serve config file has them."""
-    path = Path(config.model).resolve()
+    path = fetched(config.model).resolve()
     return {
         "model_loading_config": {
             "model_id": config.full_model_name or path.name,
@@ -50,7 +50,7 @@ def vllm_application(config: ApplicationConfig) -> Any:
             f"--engine vllm needs the extra: pip install 'offsite-ray[vllm]' ({first_line(error)})"
         ) from error
     settings = vllm_settings(config)
-    most = max_positions(load_config(config.model))
+    most = max_positions(load_config(fetched(config.model)))
     wanted = settings["engine_kwargs"]["max_model_len"]
     settings["engine_kwargs"]["max_model_len"] = min(wanted, most)
     return build_openai_app({"llm_configs": [LLMConfig(**settings)]})

@@ -12,8 +12,8 @@ from offsite_ray.training.modules import (
     loaded_dtype,
     set_dtypes,
 )
-from offsite_ray.training.progress import check_out, run_directory
 from offsite_ray.training.protocols import Engine, Fit, TrainingOutcome, TrainingTask
+from offsite_ray.training.runs import check_out, run_directory
 
 __all__ = [
     "LANGUAGE_MODEL",

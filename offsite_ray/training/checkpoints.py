@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from offsite_ray.bundle import digest_file, replaced_file, sync
-from offsite_ray.errors import ResumeError
+from offsite_ray.errors import ResumeError, StorageError
 from offsite_ray.training.fragments import Fragment, FragmentReader, write_fragments
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+_LOG = logging.getLogger(__name__)
 
 STATE = "state.json"
 _POLL_SECONDS = 0.05
@@ -94,11 +97,36 @@ def best_first(published: Sequence[Checkpoint]) -> list[Checkpoint]:
     return sorted(scored, key=lambda c: (c.score, -c.step))
 
 
+class CheckpointStore(Protocol):
+    """Where checkpoints are kept beside the run's directory."""
+
+    def put(self, checkpoint: Path) -> None:
+        """Keep one; raise :class:`StorageError` where it cannot be kept."""
+        ...
+
+
 class CheckpointWriter:
     """Writes one worker's part of checkpoints, one at a time, beside training."""
 
-    def __init__(self, run_dir: Path, rank: int, world_size: int, keep_best: int) -> None:
-        """Start with nothing to write."""
+    def __init__(
+        self,
+        run_dir: Path,
+        rank: int,
+        world_size: int,
+        keep_best: int,
+        *,
+        mirror: CheckpointStore | None = None,
+    ) -> None:
+        """Start with nothing to write.
+
+        Args:
+            run_dir: Of the run.
+            rank: This worker.
+            world_size: Of how many.
+            keep_best: Checkpoints to keep beside the last.
+            mirror: Where checkpoints are kept too; one counts when it is there.
+        """
+        self._mirror = mirror
         self._run_dir = run_dir
         self._rank, self._world_size = rank, world_size
         self._keep_best = keep_best
@@ -169,8 +197,15 @@ class CheckpointWriter:
         with replaced_file(partial / STATE) as file:
             file.write_text(json.dumps({**state, "files": files}), encoding="utf-8")
         sync(partial)
-        partial.rename(checkpoint_path(self._run_dir, step))
+        path = checkpoint_path(self._run_dir, step)
+        partial.rename(path)
         sync(self._run_dir)
+        try:
+            if self._mirror is not None:
+                self._mirror.put(path)
+        except StorageError as error:  # which does not end the run: the next one may come through
+            _LOG.warning("the checkpoint of step %d is on this machine alone: %s", step, error)
+            return
         self.published = step
 
     def prune(self) -> None:

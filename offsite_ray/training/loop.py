@@ -21,6 +21,7 @@ from offsite_ray.errors import DivergedError
 from offsite_ray.results import EvalRecord, RunStart, StepRecord, TrainingHistory
 from offsite_ray.training.batches import collate, num_targets
 from offsite_ray.training.devices import peak_memory, peak_tflops
+from offsite_ray.training.mirror import Mirror
 from offsite_ray.training.prefetch import Prefetched
 from offsite_ray.training.progress import Progress, identity_of
 from offsite_ray.training.schedule import Schedule, schedule
@@ -54,7 +55,8 @@ def training_loop(
     train, held_out = task.datasets()
     plan = schedule(config, len(train))
     identity = identity_of(task, config, plan)
-    progress = Progress(run_dir, engine, report, identity, _num_best(config))
+    mirror = Mirror.beside(getattr(config, "out", None))
+    progress = Progress(run_dir, engine, report, identity, _num_best(config), mirror)
     first = progress.resume()
     progress.tell(
         RunStart(

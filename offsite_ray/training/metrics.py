@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from offsite_ray.bundle import storage_errors
 from offsite_ray.errors import ConfigError, StorageError, unknown_name
 from offsite_ray.results import EvalRecord, Record, RunStart, StepRecord, to_plain
+from offsite_ray.uris import refuse_uri, without_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -137,7 +138,8 @@ def logged(config: TrainingConfig, report: Report, record: Path | None = None) -
     for name in config.report_to:
         if name not in SERVICES:
             raise ConfigError(unknown_name("--report-to", name, SERVICES))
-    services = [_service(name, to_plain(config)) for name in config.report_to]
+    refuse_uri("--log-dir", config.log_dir)
+    services = [_service(name, without_secrets(to_plain(config))) for name in config.report_to]
     files: list[Place] = []
 
     def both(step: Record) -> None:

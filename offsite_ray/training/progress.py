@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import secrets
-import shutil
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.bundle import MANIFEST, check_free, locked, made_parent, storage_errors
 from offsite_ray.errors import BundleError, IntegrityError, ResumeError, StorageError
 from offsite_ray.results import CheckpointRecord, EvalRecord, StepRecord, TrainingHistory, to_plain
 from offsite_ray.training.checkpoints import (
@@ -24,14 +21,15 @@ from offsite_ray.training.checkpoints import (
     remove_partial,
 )
 from offsite_ray.training.devices import peak_memory
+from offsite_ray.uris import without_secrets
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from contextlib import AbstractContextManager
+    from collections.abc import Mapping
     from pathlib import Path
 
     from offsite_ray.config import TrainingConfig
     from offsite_ray.results import Record, Report
+    from offsite_ray.training.mirror import Mirror
     from offsite_ray.training.protocols import Engine, TrainingTask
     from offsite_ray.training.schedule import Schedule
 
@@ -67,15 +65,16 @@ _SEEN_BY_ALL = "seen-by-all"
 
 def identity_of(task: TrainingTask, config: TrainingConfig, plan: Schedule) -> dict[str, Any]:
     """Return what two runs must have in common for one to go on with the other's checkpoint."""
-    given = {k: v for k, v in to_plain(config).items() if k not in FREE_TO_CHANGE}
+    plain = without_secrets(to_plain(config))
+    given = {k: v for k, v in plain.items() if k not in FREE_TO_CHANGE}
     told = {name: given.pop(name) for name in TO_BE_TOLD}
-    plain = {
+    both = {
         "task": task.fingerprint(),
         "config": given,
         "told": told,
         "total_steps": plan.total_steps,
     }
-    same: dict[str, Any] = json.loads(json.dumps(plain))
+    same: dict[str, Any] = json.loads(json.dumps(both))
     return same
 
 
@@ -89,13 +88,17 @@ class Progress:
         report: Report,
         identity: Mapping[str, Any],
         keep_best: int,
+        mirror: Mirror | None = None,
     ) -> None:
         """Start with no record."""
         self._run_dir = run_dir
         self._engine = engine
         self._report = report
         self._identity = identity
-        self._writer = CheckpointWriter(run_dir, engine.rank, engine.world_size, keep_best)
+        self._mirror = mirror
+        self._writer = CheckpointWriter(
+            run_dir, engine.rank, engine.world_size, keep_best, mirror=mirror
+        )
         self._told = 0
         self._changes: list[dict[str, Any]] = []
         self.steps: list[StepRecord] = []
@@ -198,7 +201,10 @@ class Progress:
         """
         self.settle()
         if self._engine.rank == 0:
-            remove_checkpoint(checkpoint_path(self._run_dir, len(self.steps)))
+            path = checkpoint_path(self._run_dir, len(self.steps))
+            remove_checkpoint(path)
+            if self._mirror is not None:
+                self._mirror.remove(path.name)
         self._engine.reduce([0.0])  # a barrier: a worker that ends may take the others with it
 
     def stop(self) -> None:
@@ -254,7 +260,8 @@ class Progress:
         seen = file.is_file() and file.read_text(encoding="utf-8") == str(number)
         if any(self._engine.reduce([float(not seen)])):
             raise StorageError(
-                f"not every node sees {self._run_dir}; put --out on storage that all nodes share"
+                f"not every node sees {self._run_dir}; put --out (of a URI, XDG_CACHE_HOME) on "
+                "storage that all nodes share"
             )
 
     def best(self, last_loss: float) -> Checkpoint | None:
@@ -302,73 +309,3 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     if old.get("total_steps") != new["total_steps"]:
         return f"{old.get('total_steps')} steps and now {new['total_steps']}"
     return None
-
-
-def check_out(out: Path, resume: bool) -> None:
-    """Refuse a path that is taken, before any work is done for it.
-
-    Raises:
-        StorageError: It is; where it holds the result of the run that is to go on, nothing else of
-            that run stays.
-    """
-    if resume and any((out / name).is_file() for name in (MANIFEST, "config.json")):
-        run_dir = _run_dir(out)
-        if run_dir.is_dir():
-            with _alone(run_dir, out):
-                shutil.rmtree(run_dir, ignore_errors=True)
-        raise StorageError(
-            f"{out} is finished, so there is nothing to resume; choose another --out, or remove it "
-            "to run anew"
-        )
-    check_free(out)
-
-
-def _run_dir(out: Path) -> Path:
-    return out.parent / f".{out.name}.run"
-
-
-@contextlib.contextmanager
-def run_directory(out: Path, resume: bool) -> Iterator[Path]:
-    """Yield where a run keeps its data and checkpoints, beside its result.
-
-    Removed on success, and where a run fails before its first checkpoint.
-
-    Raises:
-        StorageError: One is left by a run that was stopped, and ``resume`` is not asked for; or
-            another run is at work in it.
-    """
-    run_dir = _run_dir(out)
-    with made_parent(run_dir):
-        with storage_errors(out):
-            run_dir.mkdir(exist_ok=True)
-        with _alone(run_dir, out):
-            stopped = any(run_dir.glob("checkpoint-*"))
-            if stopped and not resume:
-                raise StorageError(
-                    f"{run_dir} is left by a run that was stopped; go on with --resume, or remove "
-                    "it to start anew"
-                )
-            if not stopped:
-                # Nothing says by which settings the data in it was made.
-                _empty(run_dir)
-            try:
-                yield run_dir
-            except BaseException:
-                if not any(run_dir.glob("checkpoint-*")):
-                    shutil.rmtree(run_dir, ignore_errors=True)
-                raise
-            shutil.rmtree(run_dir, ignore_errors=True)
-
-
-def _alone(run_dir: Path, out: Path) -> AbstractContextManager[int]:
-    """Hold a lock on a directory, which goes with the process however it ends."""
-    busy = f"another run is writing {out}; wait for its end, or choose another --out"
-    return locked(out, os.open(run_dir, os.O_RDONLY), busy)
-
-
-def _empty(directory: Path) -> None:
-    for path in directory.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()

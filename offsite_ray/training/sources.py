@@ -4,21 +4,20 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offsite_ray.data import (
     PreparedData,
-    fetch_prepared,
     is_prepared,
     open_prepared,
-    place_of,
     write_blocks,
 )
 from offsite_ray.errors import ConfigError
+from offsite_ray.uris import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from transformers.configuration_utils import PretrainedConfig
 
@@ -37,8 +36,6 @@ def prepared_for(
 ) -> PreparedData:
     """Return prepared data for a model: the user's own, or made in the run's directory.
 
-    Rows are read one by one and in any order, so what lies elsewhere is copied there first.
-
     Raises:
         ConfigError: ``seq_len`` is more than the model has positions, or not the data's.
         DataError: The data cannot be read, or belongs to another tokenizer.
@@ -46,14 +43,14 @@ def prepared_for(
     row_length(config, seq_len, None)
     prepared = [source for source in sources if is_prepared(source)]
     if prepared and len(sources) > 1:
-        name = place_of(prepared[0]).name
+        name = shown(prepared[0])
         raise ConfigError(f"{name} is prepared data; give it alone, or prepare all together")
     if not prepared:
         data = run_dir / "data"
         if not is_prepared(data):
             write_blocks(sources, model_dir, row_length(config, seq_len, None), data, notice)
-        return open_prepared(data.resolve(), model_dir, config.vocab_size)
-    found = open_prepared(_at_hand(prepared[0], run_dir), model_dir, config.vocab_size)
+        return open_prepared(data, model_dir, config.vocab_size)
+    found = open_prepared(prepared[0], model_dir, config.vocab_size)
     row_length(config, seq_len, found.block_size)
     return found
 
@@ -86,14 +83,3 @@ def row_length(config: PretrainedConfig, seq_len: int | None, block_size: int | 
             "out, or prepare the text anew"
         )
     return block_size
-
-
-def _at_hand(source: str, run_dir: Path) -> Path:
-    """Return a prepared directory that every worker sees; of one elsewhere, a copy."""
-    place = place_of(source)
-    if place.is_local:
-        return Path(place.path).resolve()
-    copy = run_dir / "data"
-    if not is_prepared(copy):
-        fetch_prepared(place, copy)
-    return copy.resolve()

@@ -20,6 +20,7 @@ from offsite_ray.tune.folders import read_record
 from offsite_ray.tune.halving import check_proxy
 from offsite_ray.tune.presets import PRESETS, without_methods
 from offsite_ray.tune.space import Range, may_distil, parse_space, stage_fields
+from offsite_ray.uris import without_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -66,7 +67,7 @@ def check_same(config: SweepConfig, folders: Folders, model: Path) -> None:
     Raises:
         StorageError: The results would not compare.
     """
-    plain = to_plain(config) | {"contents": _contents(config, model)}
+    plain = without_secrets(to_plain(config) | {"contents": _contents(config, model)})
     before = read_record(folders.settings)
     other = None if before is None else _first_other(before, plain)
     if other is not None and folders.began:

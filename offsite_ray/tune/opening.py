@@ -7,8 +7,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from offsite_ray.architectures import load_config, model_directory, resolve_architecture
+from offsite_ray.architectures import load_config, resolve_architecture
 from offsite_ray.errors import ConfigError
+from offsite_ray.storage import model_at
 from offsite_ray.tune.checks import check_measuring, check_space, trainable_variants
 from offsite_ray.tune.plan import Planner
 from offsite_ray.tune.space import draw, every_value, grid, stage_fields
@@ -59,7 +60,7 @@ def open_sweep(config: SweepConfig, notice: Notice) -> Opened:
     Raises:
         OffsiteError: The space, the texts or the model cannot be used.
     """
-    model = model_directory(config.model)
+    model = model_at(config.model)
     model_config = load_config(model)
     arch = resolve_architecture(model_config, config.blocks)
     planner = Planner(

@@ -20,6 +20,7 @@ from offsite_ray.tune.recipe import label_of
 from offsite_ray.tune.series import compression, kinds, placements
 from offsite_ray.tune.table import GAPS, Row, Summary, quality
 from offsite_ray.tune.words import common_settings, other_settings
+from offsite_ray.uris import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -85,7 +86,7 @@ def page_data(
     worth_of = worths(points, config.privacy_weight)
     drawn.sort(key=lambda point: math.inf if (w := worth_of[point["id"]]) is None else -w)
     return {
-        "title": f"Sweep of {Path(config.model).resolve().name}",
+        "title": f"Sweep of {Path(shown(config.model)).resolve().name}",
         "unit": "nats per token" if nats else "mean task score",
         "lower": nats,
         "weight": config.privacy_weight,
@@ -242,7 +243,7 @@ def _facts(config: SweepConfig, rows: Sequence[Row], points: Sequence[Summary]) 
     )
     alike = common_settings([point.row for point in points])
     found = {
-        "Model": config.model,
+        "Model": shown(config.model),
         "Jobs": f"{len(ran)}: {counted}" if ran else "none",
         "Emulators": f"{len(points)}, {config.seeds} seed{'s' * (config.seeds > 1)} each",
         "Search": config.search + (f", preset {config.preset}" if config.preset else ""),

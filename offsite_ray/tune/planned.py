@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from offsite_ray.data import is_prepared, open_prepared, write_blocks
 from offsite_ray.errors import ConfigError
+from offsite_ray.storage import fetched, found_by_all
 from offsite_ray.tune.bench import Shared
 from offsite_ray.tune.checks import check_same, workers_per_trial
 from offsite_ray.tune.folders import FAILED, STOPPED, Folders, once
 from offsite_ray.tune.opening import open_sweep, points_of
 from offsite_ray.tune.search import asked_points
+from offsite_ray.uris import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from offsite_ray.architectures import Notice
     from offsite_ray.config import SweepConfig
+    from offsite_ray.data import PreparedData
     from offsite_ray.tune.folders import Record
     from offsite_ray.tune.plan import Job, Planner
     from offsite_ray.tune.space import Point, Variant
@@ -87,9 +90,9 @@ def plan_sweep(config: SweepConfig, root: Path, notice: Notice) -> Sweep:
     }
     shared = Shared(
         root=str(root),
-        model=str(model.resolve()),
-        private=str(data["private"].path),
-        public=str(data["public"].path) if "public" in data else None,
+        model=found_by_all(config.model, model),
+        private=_name(data["private"]),
+        public=_name(data["public"]) if "public" in data else None,
         blocks=config.blocks,
         text=tuple(_path(source) for source in config.text),
         tasks=config.tasks,
@@ -109,6 +112,10 @@ def plan_sweep(config: SweepConfig, root: Path, notice: Notice) -> Sweep:
         variants=opened.variants,
         shared=shared,
     )
+
+
+def _name(data: PreparedData) -> str:
+    return data.uri or str(data.path)
 
 
 def _path(source: str) -> str:
@@ -133,8 +140,10 @@ def _prepared(
     """Return prepared data: the user's own, or made in the sweep's directory, once."""
     own = [source for source in sources if is_prepared(source)]
     if own and len(sources) > 1:
-        raise ConfigError(f"{own[0]} is prepared data; give it alone, or prepare all together")
+        raise ConfigError(
+            f"{shown(own[0])} is prepared data; give it alone, or prepare all together"
+        )
     if own:
-        return open_prepared(Path(own[0]).resolve(), model, model_config.vocab_size)
+        return open_prepared(fetched(own[0]).resolve(), model, model_config.vocab_size)
     once(out, lambda path: write_blocks(sources, model, config.seq_len, path, notice))
     return open_prepared(out, model, model_config.vocab_size)

@@ -17,6 +17,7 @@ from offsite_ray.tune.front import front
 from offsite_ray.tune.plan import Job
 from offsite_ray.tune.space import NUM_WORKERS
 from offsite_ray.tune.table import rows_of, summaries
+from offsite_ray.uris import without_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -76,7 +77,7 @@ def recipe_text(job: Job, config: SweepConfig, shared: Shared) -> str:
     """Return the YAML by which ``jobs/distill.py`` and the verbs make a job's emulator."""
     import yaml
 
-    recipe = recipe_of_job(job, config, shared)
+    recipe = without_secrets(recipe_of_job(job, config, shared))
     verbs = "\n".join(f"# offsite-ray {verb} --config THIS_FILE" for verb in recipe)
     head = _HEAD.format(label=label_of(job), seed=job.seed, verbs=verbs)
 

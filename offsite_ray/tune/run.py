@@ -20,6 +20,7 @@ from offsite_ray.tune.recipe import PrunedToo
 from offsite_ray.tune.search import Listed, Suggested
 from offsite_ray.tune.table import rows_of, summaries
 from offsite_ray.tune.tensorboard import TensorBoardToo
+from offsite_ray.uris import refuse_uri
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -46,6 +47,7 @@ def sweep(config: SweepConfig, notice: Notice, watching: Callable[[Sweep], Watch
         KeyboardInterrupt: The user stopped it; the results so far are written.
     """
     start = time.perf_counter()
+    refuse_uri("--out", config.out)
     root = Path(config.out).resolve()
     check_parent(root / "sweep")
     busy = f"another sweep is at work in {root}; wait for its end, or choose another --out"

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where texts and prepared data lie: a path of this machine, or a URI of any pyarrow filesystem."""
+"""Where things lie: a path of this machine, or a URI of any filesystem of pyarrow or fsspec."""
 
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +12,10 @@ import pyarrow as pa
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from offsite_ray.errors import StorageError, first_line
+from offsite_ray.uris import is_uri, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-_SECRETS = re.compile(r"(?<=://).*@|\?.*")
-"""The key and the options that a URI may have, which no message and no result repeats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +37,17 @@ class Place:
         """Return what has a name in this directory."""
         parts = (f"{folder.rstrip('/')}/{name}" for folder in (self.path, self.name))
         return Place(self.filesystem, *parts)
+
+    def beside(self, name: str) -> Place:
+        """Return what has a name in the directory that this is in.
+
+        Raises:
+            StorageError: It is a whole bucket, or the root of a filesystem.
+        """
+        folders = [folder.rstrip("/").rpartition("/")[0] for folder in (self.path, self.name)]
+        if not folders[0].strip("/"):
+            raise StorageError(f"{self.name} names no directory of a store; give one in it")
+        return Place(self.filesystem, *(f"{folder}/{name}" for folder in folders))
 
     def is_file(self) -> bool:
         """Return whether there is a file."""
@@ -76,11 +83,6 @@ class Place:
             raise
 
 
-def is_uri(name: str) -> bool:
-    """Return whether a name is a URI and not a path."""
-    return _URI.match(name) is not None
-
-
 def place_of(name: str) -> Place:
     """Return the place that a path or a URI names; nothing needs to be there.
 
@@ -91,7 +93,7 @@ def place_of(name: str) -> Place:
     """
     if not is_uri(name):
         return Place(LocalFileSystem(), os.path.abspath(name), name)
-    shown = _SECRETS.sub("", name)
+    known_as = shown(name)
     try:
         try:
             filesystem, path = FileSystem.from_uri(name)
@@ -101,11 +103,11 @@ def place_of(name: str) -> Place:
             filesystem, path = FileSystem.from_uri(f"fsspec+{name}")
     except (ValueError, OSError, ImportError) as error:
         raise StorageError(
-            f"{shown} is on no filesystem that can be used here: "
-            f"{first_line(error).replace(name, shown)}; give a path, "
+            f"{known_as} is on no filesystem that can be used here: "
+            f"{first_line(error).replace(name, known_as)}; give a path, "
             "or a URI of a filesystem of pyarrow (s3://, gs://) or of fsspec"
         ) from error
-    return Place(filesystem, path, path if isinstance(filesystem, LocalFileSystem) else shown)
+    return Place(filesystem, path, path if isinstance(filesystem, LocalFileSystem) else known_as)
 
 
 def reason(error: Exception) -> str:
