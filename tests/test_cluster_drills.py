@@ -66,12 +66,13 @@ def test_each_drill_has_a_name_of_its_own() -> None:
 
 def test_the_page_says_what_was_lost_and_what_was_not_run() -> None:
     found: dict[str, Any] = {
-        "name": "n", "done": "d", "whole": "w", "not_run": None, "failed": None, "lost": [],
+        "name": "n", "date": "2026-01-01", "commit": None, "done": "d", "whole": "w",
+        "not_run": None, "failed": None, "lost": [],
         "cost": "c", "whole_after_s": 2.4, "numbers": {}, "seconds": 1.0,
     }  # fmt: skip
     result = {
         "machine": {"cpu": "a", "num_cores": 2, "memory_bytes": 2**30, "system": "s"},
-        "versions": {"ray": "2"}, "network": "x", "date": "2026-01-01", "commit": None,
+        "versions": {"ray": "2"}, "network": "x",
         "drills": [
             found,
             {**found, "lost": ["checkpoint 3", "checkpoint 3"], "whole_after_s": None},

@@ -12,7 +12,7 @@ import psutil
 
 from cluster.local import ROOT, Head, answers, environment
 
-COMMAND = [sys.executable, ROOT / "cluster" / "local.py"]
+COMMAND = (sys.executable, str(ROOT / "cluster" / "local.py"))
 
 
 def test_nodes_run_until_a_signal_and_leave_nothing_behind() -> None:

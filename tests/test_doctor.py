@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from packaging.requirements import Requirement
 
-from cluster.local import ROOT, environment
+from cluster.local import ROOT, environment, free_port
 from offsite_ray.cli import main
 from offsite_ray.config import DoctorConfig
 from offsite_ray.doctor import (
@@ -35,7 +35,6 @@ from offsite_ray.doctor.facts import Disk, Extension, Gpu, Storage
 from offsite_ray.doctor.measure import PACKAGES, gpus_of, marked, try_storage
 from offsite_ray.results import to_plain
 from offsite_ray.train.extension import missing_tools
-from tests.deployed import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

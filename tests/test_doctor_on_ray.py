@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-ODD = "odd"
+ODD = "node-1"
+"""As cluster/local.py names the node beside the head."""
 # What it does to the disks, nobody else sees: the storage is read-only, and one disk is small.
 DISKS = """
 mount --bind "$STORAGE" "$STORAGE"
@@ -45,7 +46,6 @@ def head() -> Iterator[Head]:
     # A node that hangs is to be found by who asks it, not to be given up before.
     patient = '--system-config={"health_check_failure_threshold": 1000}'
     with running_head("--num-cpus=2", patient) as found:
-        found.wait_for_nodes(1)
         yield found
 
 
@@ -70,8 +70,7 @@ def odd(head: Head, storage: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         pytest.skip("no mounts of its own can be given to a process here (unshare)")
     # An address of its own, or drivers might take it for the node that they are on.
     place = Place(address="127.0.0.2", through=without_others(DISKS, "sh"), variables=given)
-    with head.worker("--num-cpus=1", f"--node-name={ODD}", place=place) as node:
-        head.wait_for_nodes(2, node)
+    with head.worker("--num-cpus=1", place=place) as node:
         yield node
 
 

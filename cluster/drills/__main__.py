@@ -2,7 +2,7 @@
 """Run drills, and write what they found.
 
     python -m cluster.drills                       all of them: what docs/drills.md shows
-    python -m cluster.drills --only serve          those with a word in their name, shown only
+    python -m cluster.drills --only serve          those with a word in their name; the other rows stay
 
 Each has a cluster of its own. One that cannot be run on this machine says why. Exit status 1 where
 something was lost, or a drill did not come to an end.
@@ -60,28 +60,32 @@ def main(words: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Short: sockets of nodes with a disk of their own are below it.
     with tempfile.TemporaryDirectory(prefix="dr", ignore_cleanup_errors=True) as folder:
-        found = [run(drill, Path(folder)) for drill in chosen]
+        passed = [write(run(drill, Path(folder))) for drill in chosen]
+    return int(not all(passed))
+
+
+def write(found: dict[str, Any]) -> bool:
+    """Put what a drill found in the place of what it found before; return whether it passed."""
+    known = json.loads(RESULTS.read_text("utf-8"))["drills"] if RESULTS.exists() else []
+    by_name = {one["name"]: one for one in (*known, found)}
     result = {
         "machine": machine(),
         "versions": {"python": platform.python_version(), **{n: version(n) for n in _PACKAGES}},
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit(),
         "network": why_not() or "network namespaces, a bridge and veth pairs",
-        "drills": found,
+        "drills": [by_name[drill.name] for drill in DRILLS if drill.name in by_name],
     }
-    if given.only:
-        print(tables(result))
-    else:
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        put(PAGE, BEGIN, tables(result))
-    return int(any(one["failed"] or one["lost"] for one in found))
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    put(PAGE, BEGIN, tables(result))
+    return not (found["failed"] or found["lost"])
 
 
 def run(drill: Drill, folder: Path) -> dict[str, Any]:
     """Run a drill on a cluster of its own; return what it found, or why it found nothing."""
     found = {
-        "name": drill.name, "done": drill.done, "whole": drill.whole, "not_run": None,
-        "failed": None, "lost": None, "cost": None, "whole_after_s": None, "numbers": {},
+        "name": drill.name, "date": datetime.now(UTC).date().isoformat(), "commit": commit(),
+        "load_before": os.getloadavg()[0], "done": drill.done, "whole": drill.whole,
+        "not_run": None, "failed": None, "lost": None, "cost": None, "whole_after_s": None,
+        "numbers": {},
     }  # fmt: skip
     reason = drill.why_not() or (why_not() if drill.plan.needs_network else None)
     began = time.monotonic()

@@ -17,10 +17,12 @@ def tables(result: Mapping[str, Any]) -> str:
     """Return on what the drills were run, and a row for each."""
     machine = result["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    dates = sorted({one["date"] for one in result["drills"]})
+    commits = sorted({one["commit"] or "unknown" for one in result["drills"]})
     head = (
         f"{machine['cpu']}, {machine['num_cores']} cores, {machine['memory_bytes'] / 2**30:.1f} "
-        f"GiB, {machine['system']}; {versions}; nodes in {result['network']}; {result['date']}, "
-        f"commit {result['commit'] or 'unknown'}.\n\n"
+        f"GiB, {machine['system']}; {versions}; nodes in {result['network']}; "
+        f"{' to '.join(dates[:1] + dates[1:][-1:])}, commit {', '.join(commits)}.\n\n"
     )
     rows = [
         (one["name"], one["done"], _lost(one), one["cost"] or "", _whole(one), one["whole"])

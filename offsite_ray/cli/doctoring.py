@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from offsite_ray.cli.output import Outcome
 from offsite_ray.config import SubmitConfig
-from offsite_ray.data.places import is_uri
 from offsite_ray.doctor import (
     Facts,
     asked_without_token,
@@ -27,6 +26,7 @@ from offsite_ray.doctor import (
 from offsite_ray.errors import ClusterError, UnfitError
 from offsite_ray.results import to_plain
 from offsite_ray.submit import JobServer, ended_well, follow, read_recipe, submit
+from offsite_ray.uris import is_uri
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

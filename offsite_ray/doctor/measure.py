@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from offsite_ray import __version__
-from offsite_ray.data.places import is_uri, place_of, reason
 from offsite_ray.doctor.facts import Disk, Extension, Facts, Gpu, Storage
 from offsite_ray.errors import first_line
+from offsite_ray.storage import place_of, reason
+from offsite_ray.uris import is_uri
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from offsite_ray.data.places import Place
+    from offsite_ray.storage import Place
 
 T = TypeVar("T")
 
