@@ -16,7 +16,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from offsite_ray import errors
-from offsite_ray.errors import ClusterError, ConfigError
+from offsite_ray.errors import ClusterError, ConfigError, first_line
 from offsite_ray.results import to_plain
 
 if TYPE_CHECKING:
@@ -96,7 +96,14 @@ def _start(**local: Any) -> Any:
 
     # "local", or Ray would join the cluster that was last started on this machine, whoever's it is.
     given = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", **local}
-    return ray.init(log_to_driver=False, logging_level=logging.ERROR, **given)
+    try:
+        return ray.init(log_to_driver=False, logging_level=logging.ERROR, **given)
+    except Exception as error:  # Ray's own, of many kinds
+        where = os.environ.get("RAY_ADDRESS", "this machine")
+        raise ClusterError(
+            f"no Ray at {where}: {first_line(error)}; see that it is up and takes your token "
+            "(RAY_AUTH_TOKEN), and that the machine is not too busy to start one"
+        ) from error
 
 
 def check_room(num_workers: int, *, gpu: bool) -> None:

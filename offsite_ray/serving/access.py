@@ -71,19 +71,23 @@ class Gate:
     clock: Callable[[], float] = time.monotonic
     _buckets: dict[str, Bucket] = field(default_factory=dict)
 
+    def key(self, token: str | None) -> Key:
+        """Return a key, by what its bearer shows; raise :class:`DeniedError` where it is none."""
+        key = self.snapshot.keys.get(hash_of(token or ""))
+        if key is None:
+            raise DeniedError("give a valid key as 'Authorization: Bearer KEY'")
+        return key
+
     def bearer(self, token: str | None) -> Key:
-        """Return what the bearer of a key may do.
+        """Return what the bearer of a key may do, and count the request.
 
         Raises:
             DeniedError: There is no such key.
             RateError: The key has sent too much.
         """
-        digest = hash_of(token or "")
-        key = self.snapshot.keys.get(digest)
-        if key is None:
-            raise DeniedError("give a valid key as 'Authorization: Bearer KEY'")
+        key = self.key(token)
         if key.per_minute is not None:
-            self._count(digest, key.per_minute)
+            self._count(hash_of(token or ""), key.per_minute)
         return key
 
     def models(self, key: Key) -> list[str]:

@@ -17,6 +17,7 @@ from offsite_ray.serving.admin_api import admin_routes
 from offsite_ray.serving.completions import completion_routes
 from offsite_ray.serving.door import Door
 from offsite_ray.serving.pages import playground
+from offsite_ray.serving.protocol import ErrorObject
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -46,6 +47,7 @@ def create_api(front: Front) -> FastAPI:
         ),
         redoc_url=None,
         lifespan=lifespan,
+        responses={"4XX": {"model": ErrorObject, "description": "Refused, with the reason"}},
     )
     api.include_router(completion_routes(front))
     api.include_router(admin_routes(front))

@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
@@ -78,13 +79,13 @@ def completion_routes(front: Front) -> APIRouter:
     async def models(request: Request) -> dict[str, Any]:
         """List the models that the key may use."""
         names = front.gate.models(request.state.caller)
-        return {"object": "list", "data": [_model(name) for name in names]}
+        return {"object": "list", "data": [_model(front, name) for name in names]}
 
     @router.get("/models/{model}")
     async def one_model(model: str, request: Request) -> dict[str, Any]:
         """Return one of these models."""
         front.gate.version(request.state.caller, model)
-        return _model(model)
+        return _model(front, model)
 
     @router.post("/completions")
     async def completions(asked: CompletionRequest, request: Request) -> Any:
@@ -119,8 +120,10 @@ def _version(front: Front, request: Request, model: str) -> int:
     return BASE if version is None else version.number
 
 
-def _model(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "offsite-ray"}
+def _model(front: Front, name: str) -> dict[str, Any]:
+    version = front.gate.snapshot.tenants.get(name)
+    created = 0 if version is None else int(datetime.fromisoformat(version.added).timestamp())
+    return {"id": name, "object": "model", "created": created, "owned_by": "offsite-ray"}
 
 
 def _prompts(front: Front, given: Any) -> list[tuple[int, ...]]:

@@ -101,8 +101,9 @@ class Door:
             return
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         given = token.strip() if scheme.lower() == "bearer" else None
+        # First who it is: of a key that has sent too much, the log says whose it is.
+        request.state.key = self._front.gate.key(given).label
         request.state.caller = self._front.gate.bearer(given)
-        request.state.key = request.state.caller.label
 
 
 def _route(scope: Scope) -> str:

@@ -296,6 +296,12 @@ def check(request: Request, bounds: Bounds, limits: Limits) -> None:
             "prompt",
         )
     most = min(bounds.max_positions, limits.cache_tokens // sampling.n)
+    if len(prompt) >= most:
+        raise RequestError(
+            f"a prompt of {len(prompt)} tokens leaves no room for an answer in the {most} tokens "
+            "that fit; shorten the prompt, or lower n",
+            "prompt",
+        )
     if _most_tokens(request) > most:
         raise RequestError(
             f"a prompt of {len(prompt)} tokens and max_tokens of {sampling.max_tokens} are more "

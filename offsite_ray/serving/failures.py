@@ -107,6 +107,13 @@ def _what_is_wrong(error: RequestValidationError) -> tuple[str, str]:
     nearest = max(
         error.errors(), key=lambda one: (len(one["loc"]), not one["type"].endswith("_type"))
     )
+    if nearest["type"] == "json_invalid":
+        return (
+            "",
+            f"the body is no JSON: {nearest['ctx']['error']}, at character {nearest['loc'][-1]}",
+        )
+    if nearest["loc"] == ("body",):
+        return "", "the body must be a JSON object; send it with Content-Type: application/json"
     places = [str(part) for part in nearest["loc"] if part != "body"]
     # Where a value may be of several types, their names stand between those of the fields.
     return ".".join(place for place in places if re.fullmatch(r"\w+", place)), nearest["msg"]

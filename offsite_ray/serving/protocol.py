@@ -187,12 +187,18 @@ class ErrorBody(BaseModel):
     code: str | None = None
 
 
+class ErrorObject(BaseModel):
+    """What a refused request is answered with."""
+
+    error: ErrorBody
+
+
 def error_object(
     message: str, kind: str, *, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
     """Return an error as OpenAI's clients read it."""
     body = ErrorBody(message=message, type=kind, param=param, code=code)
-    return {"error": body.model_dump()}
+    return ErrorObject(error=body).model_dump()
 
 
 _Asked.model_rebuild()

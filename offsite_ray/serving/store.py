@@ -124,6 +124,9 @@ class Store:
         with self._verifying:
             adapter = open_adapter(directory)
             own = own_of(adapter, self._full)
+        current = self.registry.snapshot().tenants.get(name)
+        if current is not None and current.id == adapter.manifest.id:
+            return current  # once more the same is no new version, and pushes no old one out
         with storage_errors(directory):
             for path in (*directory.iterdir(), directory):
                 sync(path)
@@ -144,11 +147,17 @@ class Store:
             return
         identity = read_manifest(path).id
         if self.registry.was_seeded(name, identity):
+            current = self.registry.snapshot().tenants.get(name)
+            if current is None or current.id != identity:
+                _LOG.warning(
+                    "%s was taken in as %s before, and is not again; upload it", path, name
+                )
             return
         copy = self.uploads.root / f"seed-{name}"
         with storage_errors(path):
             shutil.copytree(path, copy)
         self._take_in(name, copy)
+        shutil.rmtree(copy, ignore_errors=True)  # still there where it is what is served already
         self.registry.seeded(name, identity)
 
     def _let_admin_in(self, file: Path) -> None:
