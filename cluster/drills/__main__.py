@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run drills, and write what they found.
 
-    python -m cluster.drills                       all of them: what docs/drills.md shows
-    python -m cluster.drills --only serve          those with a word in their name; the other rows stay
+    python -m cluster.drills                  all of them: what docs/drills.md shows
+    python -m cluster.drills --only serve     those with a word in their name; the other rows stay
 
 Each has a cluster of its own. One that cannot be run on this machine says why. Exit status 1 where
 something was lost, or a drill did not come to an end.
@@ -81,7 +81,7 @@ def write(found: dict[str, Any]) -> bool:
 
 def run(drill: Drill, folder: Path) -> dict[str, Any]:
     """Run a drill on a cluster of its own; return what it found, or why it found nothing."""
-    found = {
+    found: dict[str, Any] = {
         "name": drill.name, "date": datetime.now(UTC).date().isoformat(), "commit": commit(),
         "load_before": os.getloadavg()[0], "done": drill.done, "whole": drill.whole,
         "not_run": None, "failed": None, "lost": None, "cost": None, "whole_after_s": None,
