@@ -25,7 +25,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         yield running
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_node_is_killed_while_it_trains(lab: Lab) -> None:
     outcome = distilling.worker_killed(lab)
     print(outcome)
@@ -34,7 +34,7 @@ def test_a_node_is_killed_while_it_trains(lab: Lab) -> None:
     assert min(outcome.numbers["went_on_from"]) > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_node_is_killed_while_it_serves(lab: Lab) -> None:
     if lab.network is None:
         pytest.skip(f"proxies of nodes share a port here: {network.why_not()}")

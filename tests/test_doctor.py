@@ -149,7 +149,7 @@ DISK = WELL.disks[0]
             "extension",
             {"extension": Extension(file="/x.so", compiled=False)},
             "warning",
-            "/x.so is not compiled yet",
+            "not compiled yet",
         ),
         ("authentication", {"auth_mode": None}, "warning", "RAY_AUTH_MODE is not set"),
         ("authentication", {"auth_mode": "disabled"}, "failed", "RAY_AUTH_MODE is disabled"),

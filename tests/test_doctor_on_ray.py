@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.long
+
 ODD = "node-1"
 """As cluster/local.py names the node beside the head."""
 # What it does to the disks, nobody else sees: the storage is read-only, and one disk is small.

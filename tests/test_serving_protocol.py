@@ -119,3 +119,21 @@ def test_a_client_is_told_where_its_mistake_is(
     assert told["param"] == place
     assert told["message"].startswith(f"{place}: ")
     assert said in told["message"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            {"type": "json_invalid", "loc": ("body", 9), "ctx": {"error": "Expecting value"}},
+            "the body is no JSON: Expecting value, at character 9",
+        ),
+        (
+            {"type": "model_attributes_type", "loc": ("body",)},
+            "the body must be a JSON object; send it with Content-Type: application/json",
+        ),
+    ],
+)
+def test_a_body_that_is_no_request_names_no_field(error: dict[str, Any], said: str) -> None:
+    told = failure_of(RequestValidationError([{"msg": "", "input": None, **error}])).body["error"]
+    assert (told["message"], told["param"]) == (said, None)

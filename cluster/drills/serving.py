@@ -140,7 +140,7 @@ class Service:
         except (requests.RequestException, KeyError):
             return False
         return (
-            states["Engines"] == ["RUNNING"] * _ENGINES
+            states.get("Engines") == ["RUNNING"] * _ENGINES
             and all(state == ["RUNNING"] for name, state in states.items() if name != "Engines")
             and any(self.answering())
         )

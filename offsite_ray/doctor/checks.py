@@ -188,13 +188,12 @@ def _storage(facts: Sequence[Facts], config: DoctorConfig) -> Iterator[Fault]:
 
 
 def _shared(facts: Sequence[Facts], config: DoctorConfig) -> Iterator[Fault]:
-    for one in facts:
-        if one.storage is None or one.storage.shared is None:
-            continue
-        if one.storage.shared:
-            yield "ok", "", "every node sees the same files"
-        else:
-            yield "failed", one.node, "what another node has written is not there"
+    known = {one.node: one.storage.shared for one in facts if one.storage is not None}
+    for node, shared in known.items():
+        if shared is False:
+            yield "failed", node, "what another node has written is not there"
+    if any(known.values()):
+        yield "ok", "", f"{sum(map(bool, known.values()))} see what another has written"
 
 
 def _compiler(facts: Sequence[Facts], config: DoctorConfig) -> Iterator[Fault]:
@@ -221,7 +220,7 @@ def _extension(facts: Sequence[Facts], config: DoctorConfig) -> Iterator[Fault]:
         elif one.extension.compiled:
             yield "ok", "", "compiled"
         else:
-            yield "warning", one.node, f"{one.extension.file} is not compiled yet"
+            yield "warning", one.node, "not compiled yet"
 
 
 def _authentication(facts: Sequence[Facts], config: DoctorConfig) -> Iterator[Fault]:

@@ -28,7 +28,9 @@ def tables(facts: Sequence[Facts], findings: Sequence[Finding]) -> Group:
     nodes = Table(*("node", *_COLUMNS))
     for one in examined(facts):
         nodes.add_row(Text(one.node), *(Text(cell(one)) for cell in _COLUMNS.values()))
-    checks = Table("check", "verdict", "where", "found", "how to mend it")
+    checks = Table("check", "verdict", "where")
+    for column in ("found", "how to mend it"):
+        checks.add_column(column, overflow="fold")  # paths are for reading
     for finding in findings:
         where, mend = ", ".join(finding.nodes), finding.mend or ""
         verdict = Text(finding.verdict, _STYLES[finding.verdict])
