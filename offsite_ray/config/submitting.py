@@ -113,7 +113,7 @@ class DoctorConfig:
     examined, or this machine alone."""
     storage: str | None = None
     """Path or URI of the runs; every node writes, reads and removes a small file there."""
-    timeout: float = 60.0
+    timeout: float = 120.0
     """Seconds that every node has to answer."""
     min_free_disk_gib: float = 10.0
     """GiB that must be free on each disk that is used."""
