@@ -22,7 +22,7 @@ import requests
 from cluster.local import free_port
 from tests.served import Tenants, make_tenants
 from tests.texts import CHAT
-from tests.tiny_models import tiny_tokenizer
+from tests.tiny_models import save_tiny, tiny_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -105,9 +105,12 @@ def archive(adapter: Path) -> bytes:
     return buffer.getvalue()
 
 
-def make_served(root: Path) -> Tenants:
+def make_served(root: Path, num_positions: int = 64) -> Tenants:
     """Write a tiny model with a chat template, and its tenants."""
-    tenants = make_tenants("gpt2", root)
+    full = save_tiny(
+        "gpt2", root / "full", tie_word_embeddings=False, max_position_embeddings=num_positions
+    )
+    tenants = make_tenants("gpt2", root, full=full)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT
     for directory in (tenants.full, *tenants.plugged_in.values()):

@@ -27,7 +27,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     """An application with two replicas of the engine."""
     root = tmp_path_factory.mktemp("two")
     given = {"min_replicas": 2, "max_replicas": 2, "max_queue": 32}
-    with deployed(make_served(root), root / "state", **given) as running:
+    with deployed(make_served(root, num_positions=1024), root / "state", **given) as running:
         eventually(lambda: len(running.replicas()) == 2)
         yield running
 
@@ -54,9 +54,9 @@ def test_a_replica_that_is_killed_costs_no_request_that_was_not_streaming(two: D
 
 def test_a_stream_that_is_cut_off_says_so(two: Deployed) -> None:
     client = openai.OpenAI(base_url=f"{two.url}/v1", api_key=two.keys["admin"], max_retries=0)
-    wish: dict[str, Any] = {"model": "lora", "prompt": "a", "max_tokens": 60, "temperature": 0}
-    victims = two.replicas()  # found before: what is asked for does not take long
-    streams = [iter(client.completions.create(**wish, stream=True, n=4)) for _ in range(6)]
+    wish: dict[str, Any] = {"model": "lora", "prompt": "a", "max_tokens": 1000, "temperature": 0}
+    victims = two.replicas()  # found before: a stream does not last for long
+    streams = [iter(client.completions.create(**wish, stream=True)) for _ in range(6)]
     for stream in streams:
         next(stream)
     for victim in victims:

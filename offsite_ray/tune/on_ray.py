@@ -204,6 +204,10 @@ class _Follower(tune.Callback):
         self._source, self._shared, self._watch = source, shared, watch
         self._retries = retries
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Save nothing: Tune pickles what it was given, and who is told may hold locks."""
+        return {}
+
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Tell of a trial that is at work."""
         self._watch.started(Job.from_plain(trial.config["job"]))
