@@ -16,6 +16,12 @@ _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _SECRETS = re.compile(r"(?<=://).*@|(?<=://)([^?]*)\?.*")
 _IN_TEXT = re.compile(r"(?<=://)[^\s'\"]*@|(?<=://)([^\s'\"?]*)\?[^\s'\";,]*")
 """The key and the options that a URI may have; alone, and in a sentence."""
+_KEY = re.compile(
+    r"://[^/\s:@\"']*:(?!\d+(?:[/\s]|$))[^\s\"']*@"
+    r"|://[^\s\"'?]*\?[^\s\"']*(?:key|secret|token|password|credential|sig)[^\s\"'=&]*=",
+    re.IGNORECASE,
+)
+"""A key for certain: ``USER:PASSWORD@``, not a port, or an option that is called like one."""
 
 
 def is_uri(name: str | Path) -> bool:
@@ -34,6 +40,11 @@ def shown(name: str) -> str:
 def scrubbed(text: str) -> str:
     """Return a sentence in which no URI has a key or options."""
     return _without(_IN_TEXT, text)
+
+
+def has_key(text: str) -> bool:
+    """Return whether a URI in a text has a password, or an option that is called like a key."""
+    return _KEY.search(text) is not None
 
 
 def without_secrets(plain: Any) -> Any:

@@ -211,7 +211,7 @@ def test_no_password_is_written(tmp_path: Path) -> None:
     written = "".join(path.read_text() for path in (tmp_path / "run").iterdir())
     assert "HIDDEN" not in written
     recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
-    assert recipe["inspect"]["path"] == "s3://***@bucket/bundle"
+    assert recipe["inspect"]["path"] == "s3://bucket/bundle"
 
 
 def test_a_record_that_cannot_be_written_is_said_once_and_ends_nothing(

@@ -27,6 +27,7 @@ from offsite_ray.data import is_prepared
 from offsite_ray.emulator import open_bundle
 from offsite_ray.errors import ConfigError
 from offsite_ray.submit.packing import check_installed, packed, pinned
+from offsite_ray.uris import has_key
 from tests.deployed import eventually
 from tests.proxies import Proxy
 
@@ -95,8 +96,9 @@ def test_help_says_whose_the_recipe_is() -> None:
         ("stop", "submit stop needs --name"),
         ("list --driver-resources {steady:1}", "driver_resources: steady:1=None must be a number"),
         ("list --driver-labels '{tier: 1}'", "driver_labels: tier=1 must be a text"),
-        ("compress --config FILE out=s3://id:HIDDEN@bucket/o", "KEY=VALUE has a password"),
-        ("compress --config LEAKY out=/o", "leaky.yaml has a password in an address"),
+        ("compress --config FILE out=s3://id:HIDDEN@bucket/o", "KEY=VALUE has a key"),
+        ("compress --config FILE out=s3://b/o?secret_key=HIDDEN", "KEY=VALUE has a key"),
+        ("compress --config LEAKY out=/o", "leaky.yaml has a key in an address"),
     ],
 )
 def test_a_mistake_is_said_before_anything_is_sent(
@@ -116,6 +118,22 @@ def test_a_mistake_is_said_before_anything_is_sent(
     assert (out, err.count("\n")) == ("", 1)
     assert said in err
     assert "HIDDEN" not in err
+
+
+@pytest.mark.parametrize(
+    ("text", "has"),
+    [
+        ("out: s3://id:se/cret@bucket/o", True),
+        ("out: s3://bucket/o?region=eu&session_token=a", True),
+        ("out: 'abfs://container@account.dfs.core.windows.net/o?account_KEY=a'", True),
+        ("out: abfs://container@account.dfs.core.windows.net/o", False),
+        ("out: s3://bucket/o?region=eu-central-1", False),
+        ("endpoint: http://minio:9000\nmail: me@here", False),
+        ("endpoint: http://minio:9000/me@here", False),
+    ],
+)
+def test_a_key_in_an_address_is_told_from_a_port_and_an_option(text: str, has: bool) -> None:
+    assert has_key(text) is has
 
 
 def test_a_job_gets_the_recipe_the_package_and_the_versions(tmp_path: Path) -> None:

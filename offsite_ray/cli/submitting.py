@@ -22,6 +22,7 @@ from offsite_ray.submit import (
     stop,
     submit,
 )
+from offsite_ray.uris import is_uri
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -50,7 +51,7 @@ def run_as_job(
         JobError: The job was followed, and failed.
     """
     out = asked.get("out")
-    if config.root is None and out and not Path(out).is_absolute() and "://" not in out:
+    if config.root is None and out and not Path(out).is_absolute() and not is_uri(out):
         raise ConfigError(
             f"out={out!r} is below no folder that outlives the job; give --root DIR, which every "
             "node sees, or a whole path"

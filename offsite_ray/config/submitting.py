@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from offsite_ray.config.running import check_run_name, is_run_name
 from offsite_ray.errors import ConfigError
+from offsite_ray.uris import is_uri
 
 ACTIONS = ("list", "status", "stop")
 """What can be asked in the place of a verb."""
@@ -126,7 +127,7 @@ class DoctorConfig:
         """Check what can be checked from here; raise :class:`ConfigError`."""
         if self.address is not None:
             check_address(self.address)
-            if self.storage and "://" not in self.storage and not Path(self.storage).is_absolute():
+            if self.storage and not is_uri(self.storage) and not Path(self.storage).is_absolute():
                 raise ConfigError(
                     f"storage={self.storage!r} must be a whole path or a URI, where every node is "
                     "to write to it"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from offsite_ray.doctor.facts import Facts
 from offsite_ray.doctor.measure import asked_without_token, clock_time, marked, measure, versions
 from offsite_ray.errors import ClusterError, first_line
+from offsite_ray.uris import is_uri
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -78,7 +79,7 @@ def _connected(timeout: float) -> Iterator[Any]:
 
 
 def _with_scheme(address: str) -> str:
-    return address if "://" in address else f"http://{address}"
+    return address if is_uri(address) else f"http://{address}"
 
 
 def _measured(

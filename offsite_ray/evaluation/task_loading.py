@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from offsite_ray.errors import ConfigError, DataError, StorageError, did_you_mean, first_line
 from offsite_ray.evaluation.task_data import FEWSHOT, parse_task_data, task_rows
+from offsite_ray.uris import is_uri
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -127,7 +128,7 @@ def _absolute(value: Any, file: Path) -> Any:
         return {key: _absolute(item, file) for key, item in value.items()}
     if isinstance(value, list):
         return [_absolute(item, file) for item in value]
-    if not isinstance(value, str) or "://" in value:
+    if not isinstance(value, str) or is_uri(value):
         return value
     path = file.parent / value
     if not any(file.parent.glob(value) if not Path(value).is_absolute() else [path]):

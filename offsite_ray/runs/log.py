@@ -7,17 +7,15 @@ import contextlib
 import datetime
 import json
 import logging
-import re
 import sys
 from typing import TYPE_CHECKING, Any
 
 from offsite_ray.errors import first_line
+from offsite_ray.uris import scrubbed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-
-_PASSWORD = re.compile(r"://[^/\s@\"']*:[^/\s@\"']*@")
 
 PACKAGE = "offsite_ray"
 """The logger that every module's is below."""
@@ -48,7 +46,7 @@ class JsonLines(logging.FileHandler):
         }
         if trace := getattr(record, "traceback", None):
             said["traceback"] = trace
-        return without_passwords(json.dumps(said))
+        return scrubbed(json.dumps(said))
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Say once that the log cannot be written; the run goes on."""
@@ -56,11 +54,6 @@ class JsonLines(logging.FileHandler):
             self._failed = True
             why = first_line(sys.exc_info()[1] or Exception())
             print(f"{self.baseFilename} cannot be written: {why}", file=sys.stderr)
-
-
-def without_passwords(text: str) -> str:
-    """Return a text without what addresses in it have of names and passwords."""
-    return _PASSWORD.sub("://***@", text)
 
 
 @contextlib.contextmanager

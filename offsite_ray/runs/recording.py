@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from offsite_ray import __version__
 from offsite_ray.errors import ConfigError, OffsiteError, StorageError
 from offsite_ray.results import to_plain
-from offsite_ray.runs.log import logging_to, without_passwords
+from offsite_ray.runs.log import logging_to
 from offsite_ray.runs.record import (
     BEAT_S,
     LOG,
@@ -34,6 +34,7 @@ from offsite_ray.runs.record import (
     run_directory,
     utc_now,
 )
+from offsite_ray.uris import is_uri, scrubbed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -95,13 +96,13 @@ class Recorder:
     def metric(self, values: Mapping[str, Any]) -> None:
         """Append a line of numbers by name."""
         with self._lock, self._said_once(), (self.directory / METRICS).open("a") as file:
-            file.write(without_passwords(json.dumps(to_plain(values))) + "\n")
+            file.write(scrubbed(json.dumps(to_plain(values))) + "\n")
 
     def result(self, plain: Mapping[str, Any]) -> None:
         """Keep what the verb gave back, and where what it made is."""
         artefacts = tuple(
             {
-                "path": os.path.abspath(plain[key]) if "://" not in plain[key] else plain[key],
+                "path": os.path.abspath(plain[key]) if not is_uri(plain[key]) else plain[key],
                 "kind": key,
                 "id": (plain.get("id") or plain.get("digest")) if key == "out" else None,
             }
@@ -159,7 +160,7 @@ def write_text(path: Path, text: str) -> None:
     from offsite_ray.bundle import atomic_file
 
     with atomic_file(path) as tmp:
-        tmp.write_text(without_passwords(text), encoding="utf-8")
+        tmp.write_text(scrubbed(text), encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import offsite_ray
 from offsite_ray.errors import ConfigError, StorageError
+from offsite_ray.uris import has_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +28,6 @@ RECIPE = "recipe.yaml"
 REQUIREMENTS = "requirements.txt"
 """The versions beside it, where they are to be checked."""
 
-_PASSWORD = re.compile(r"://[^/\s]*:[^/\s]*@")
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -36,7 +36,7 @@ def read_recipe(config: SubmitConfig) -> bytes:
 
     Raises:
         StorageError: It cannot be read.
-        ConfigError: There is a password in it.
+        ConfigError: There is a key in it.
     """
     path = Path(config.recipe or "")
     try:
@@ -45,10 +45,11 @@ def read_recipe(config: SubmitConfig) -> bytes:
         raise StorageError(f"cannot read --config {path}: {error.strerror}") from error
     named = {str(path): recipe.decode(errors="replace"), "KEY=VALUE": "\n".join(config.words)}
     for name, text in named.items():
-        if _PASSWORD.search(text):
+        if has_key(text):
             raise ConfigError(
-                f"{name} has a password in an address (://USER:PASSWORD@), and all who may ask the "
-                "cluster may read a recipe; give it to the nodes, e.g. as AWS_SECRET_ACCESS_KEY"
+                f"{name} has a key in an address (USER:PASSWORD@, ?secret_key=), and all who may "
+                "ask the cluster may read a recipe; give it to the nodes, e.g. as "
+                "AWS_SECRET_ACCESS_KEY"
             )
     return recipe
 
