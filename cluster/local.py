@@ -140,6 +140,9 @@ class Head:
 
     def start_head(self) -> Node:
         """Start the head, also once more after it was lost, and wait until it answers."""
+        # A head that was killed leaves its address here, and processes of the other nodes, which
+        # are on this machine too, name it: Ray would take that for a head that is at work.
+        Path(self.place.temp_dir or self.scratch, "ray_current_cluster").unlink(missing_ok=True)
         flags = (
             "--head", f"--port={self.gcs.rpartition(':')[2]}", "--include-dashboard=true",
             f"--dashboard-host={self.place.address}",
