@@ -118,6 +118,8 @@ def test_what_a_key_may_use_can_be_changed_and_taken_away(keyed: Deployed) -> No
     assert seen() == ["full"]
     changed = keyed.call("PUT", "/admin/keys/of a while/models", json={"models": ["lora"]})
     assert changed.json() == {"label": "of a while", "models": ["lora"]}
+    typo = keyed.call("PUT", "/admin/keys/of a while/models", json={"models": ["lora", "lorra"]})
+    assert typo.json()["unknown_models"] == ["lorra"]
     eventually(lambda: seen() == ["lora"])
     assert keyed.call("DELETE", "/admin/keys/of a while").status_code == 200
     eventually(lambda: keyed.call("GET", "/v1/models", "of a while").status_code == 401)

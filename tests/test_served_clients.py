@@ -190,7 +190,7 @@ def test_errors_are_those_of_openai(served: Deployed, client: openai.OpenAI) -> 
         ({"temperature": 3}, "temperature"),
         ({"stop": ["a"] * 9}, "stop takes up to 4"),
         ({"frequency_penalty": 1.0}, "frequency_penalty"),
-        ({"extra_body": {"no_such_field": 1}}, "no_such_field"),
+        ({"extra_body": {"max_token": 1}}, "no such field; did you mean 'max_tokens'"),
     ):
         for stream in (False, True):
             with pytest.raises(openai.BadRequestError, match=said):

@@ -105,7 +105,7 @@ def test_a_client_is_told_of_a_few_mistakes_however_many_it_makes(given: dict[st
         ({"prompt": [5, -1]}, "prompt.1", "greater than or equal to 0"),
         ({"prompt": [[1, 2], [-1]]}, "prompt.1.0", "greater than or equal to 0"),
         ({"stop": [1]}, "stop.0", "valid string"),
-        ({"no_such_field": 1}, "no_such_field", "not permitted"),
+        ({"max_token": 1}, "max_token", "no such field; did you mean 'max_tokens'?"),
     ],
 )
 def test_a_client_is_told_where_its_mistake_is(

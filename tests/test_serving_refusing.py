@@ -82,7 +82,8 @@ def test_a_refusal_holds_for_a_moment_and_for_its_tenant_alone(
         replica = Near(engine, open_full_model(tenants.full), Meters(), 60.0)
         await replica.follow_once(records, records.parts)
         await replica.settle()
-        engines = Refusing(replica)
+        refused: list[str] = []
+        engines = Refusing(replica, refused.append)
         # The engine's thread waits with the first piece, and the only row is taken.
         first = ask(engine, BASE, PROMPT, at_piece=go_on.wait, max_tokens=2)
         await until(lambda: engine.num_running == 1)
@@ -92,6 +93,7 @@ def test_a_refusal_holds_for_a_moment_and_for_its_tenant_alone(
             with pytest.raises(BusyError, match="all places are taken"):
                 await engines.complete(wish(BASE))
         assert replica.asked == (3 if moment else 4)
+        assert refused == (["m"] if moment else [])
         # Of the two that wait, one gives its place to a tenant of whom nobody does.
         other = asyncio.ensure_future(engines.complete(wish(number)))
         await asyncio.sleep(0.1)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -56,15 +57,15 @@ def serve(config: ServeConfig, notice: Callable[[str], None]) -> Outcome:
     except BaseException:
         stack.close()
         raise
-    state = Path(config.state)
+    key_file = Path(config.admin_key_file or Path(config.state) / "admin.key")
     plain: dict[str, Any] = {
         "url": url,
-        "models": sorted([*config.adapters(), *filter(None, [config.full_model_name])]),
+        "models": _models(url, key_file),
         "playground": f"{url}/",
         "api": f"{url}/docs",
         "metrics": _metrics(),
         "logs": None if logs is None else f"{logs}/serve",
-        "admin_key_file": config.admin_key_file or str(state / "admin.key"),
+        "admin_key_file": str(key_file),
         "state": config.state,
     }
     return Outcome(plain=plain, then=lambda: _until_told(stack))
@@ -114,6 +115,17 @@ def _run(application: Any, config: ServeConfig) -> str:
     url = f"http://{host}:{config.port}"
     _wait_until_ready(f"{url}/health" if config.engine == "shared" else f"{url}/v1/models")
     return url
+
+
+def _models(url: str, key_file: Path) -> list[str] | None:
+    """Return the models that are served, also since before; None where no key is at hand to ask."""
+    key = key_file.read_text().strip() if key_file.is_file() else ""
+    request = urllib.request.Request(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return sorted(model["id"] for model in json.load(answer)["data"])
+    except OSError:  # of which HTTP's errors are
+        return None
 
 
 def _metrics() -> str:

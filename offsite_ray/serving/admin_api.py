@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from offsite_ray.serving.front import TAKES_A_KEY
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
     from offsite_ray.serving.front import Front
     from offsite_ray.serving.registry import Version
@@ -136,16 +136,16 @@ def _key_routes(front: Front) -> APIRouter:
         return [{**dataclasses.asdict(key), "models": sorted(key.models)} for key in found]
 
     @router.post("/keys")
-    async def add_key(asked: NewKey) -> dict[str, str]:
+    async def add_key(asked: NewKey) -> dict[str, Any]:
         """Make a key; it is told this once."""
         key = await front.change("add_key", **asked.model_dump())
-        return {"label": asked.label, "key": key}
+        return {"label": asked.label, "key": key, **_unknown(front, asked.models)}
 
     @router.put("/keys/{label}/models")
     async def grant(label: str, asked: Models) -> dict[str, Any]:
         """Say which models a key may see and use from now on."""
         await front.change("grant", label, asked.models)
-        return {"label": label, "models": sorted(asked.models)}
+        return {"label": label, "models": sorted(asked.models), **_unknown(front, asked.models)}
 
     @router.delete("/keys/{label}")
     async def remove_key(label: str) -> dict[str, str]:
@@ -157,6 +157,13 @@ def _key_routes(front: Front) -> APIRouter:
 
 
 _TAR = {"requestBody": {"content": {"application/x-tar": {"schema": {"type": "string"}}}}}
+
+
+def _unknown(front: Front, models: Sequence[str]) -> dict[str, list[str]]:
+    """Name the models that there are not, if any; they may still come."""
+    served = {*front.gate.snapshot.tenants, front.gate.base}
+    unknown = sorted({*models} - served)
+    return {"unknown_models": unknown} if unknown else {}
 
 
 def _shown(version: Version) -> dict[str, Any]:

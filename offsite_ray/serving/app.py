@@ -155,13 +155,18 @@ class Ingress:
         from offsite_ray.emulator import open_full_model
         from offsite_ray.serving.api import create_api
         from offsite_ray.serving.front import Front
+        from offsite_ray.serving.meters import counter
         from offsite_ray.serving.refusing import Refusing
         from offsite_ray.serving.start import max_positions
 
         full = open_full_model(self._config.model)
+        requests = counter("requests")
         front = Front(
             self._config,
-            Refusing(_Engines(self._engines)),
+            Refusing(
+                _Engines(self._engines),
+                lambda model: requests.inc(1, {"model": model, "outcome": "refused"}),
+            ),
             _Records(self._store),
             load_tokenizer(full.path),
             max_positions(full.config),

@@ -22,9 +22,10 @@ from offsite_ray.errors import (
     RegistryError,
     RequestError,
     StorageError,
+    did_you_mean,
 )
 from offsite_ray.serving.access import DeniedError, ForbiddenError, RateError, UnknownModelError
-from offsite_ray.serving.protocol import error_object
+from offsite_ray.serving.protocol import FIELDS, error_object
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -115,8 +116,11 @@ def _what_is_wrong(error: RequestValidationError) -> tuple[str, str]:
     if nearest["loc"] == ("body",):
         return "", "the body must be a JSON object; send it with Content-Type: application/json"
     places = [str(part) for part in nearest["loc"] if part != "body"]
+    words = nearest["msg"]
+    if nearest["type"] == "extra_forbidden":
+        words = f"there is no such field{did_you_mean(places[-1], FIELDS)}"
     # Where a value may be of several types, their names stand between those of the fields.
-    return ".".join(place for place in places if re.fullmatch(r"\w+", place)), nearest["msg"]
+    return ".".join(place for place in places if re.fullmatch(r"\w+", place)), words
 
 
 def _refusal(message: str, *, param: str | None = None, status: int = 400) -> Failure:

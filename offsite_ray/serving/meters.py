@@ -42,6 +42,12 @@ _GAUGES = {
 }
 
 
+def counter(name: str) -> metrics.Counter:
+    """Return a counter, by its name in the table; each process has its own."""
+    text, tags = _COUNTERS[name]
+    return metrics.Counter(f"offsite_ray_{name}", text, tag_keys=tags)  # type: ignore[arg-type]
+
+
 class Meters:
     """The metrics of a replica; all are called ``offsite_ray_...``."""
 
@@ -53,10 +59,7 @@ class Meters:
             )
             for name, text in _HISTOGRAMS.items()
         }
-        self._counters = {
-            name: metrics.Counter(f"offsite_ray_{name}", text, tag_keys=tags)  # type: ignore[arg-type]
-            for name, (text, tags) in _COUNTERS.items()
-        }
+        self._counters = {name: counter(name) for name in _COUNTERS}
         self._gauges = {
             name: metrics.Gauge(f"offsite_ray_{name}", text) for name, text in _GAUGES.items()
         }

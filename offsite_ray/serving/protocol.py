@@ -170,6 +170,14 @@ class ChatRequest(_Asked):
         return self._sampling(wanted, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
 
 
+FIELDS = frozenset(
+    name
+    for kind in (CompletionRequest, ChatRequest, Message, Part, StreamOptions)
+    for name in kind.model_fields
+)
+"""Of what clients send."""
+
+
 class Usage(BaseModel):
     """Tokens of an answer, by which it is billed."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from offsite_ray.errors import BusyError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
     from offsite_ray.serving.asks import Ask, Engines
     from offsite_ray.serving.requests import Piece
@@ -27,9 +27,14 @@ class Refusing:
     that is refused: others may still have a place.
     """
 
-    def __init__(self, engines: Engines) -> None:
-        """Stand before some engines."""
-        self._engines = engines
+    def __init__(self, engines: Engines, told: Callable[[str], None]) -> None:
+        """Stand before some engines.
+
+        Args:
+            engines: Those that would refuse.
+            told: Given the model of what they were not even asked.
+        """
+        self._engines, self._told = engines, told
         self._refused: dict[int, tuple[float, BusyError]] = {}
         """By version: until when, and what the engine said."""
 
@@ -53,6 +58,7 @@ class Refusing:
     def _place(self, ask: Ask) -> Iterator[None]:
         until, said = self._refused.get(ask.version, (0.0, BusyError()))
         if time.monotonic() < until:
+            self._told(ask.model)
             raise BusyError(str(said))
         try:
             yield
