@@ -163,7 +163,7 @@ def worker_killed(lab: Lab) -> Outcome:
         raise RuntimeError("the run has not noticed; it was over before the node was lost")
     return Outcome(
         lost=lost,
-        cost=f"{done - starts[0]} steps done again",
+        cost=f"{_done_again(run, killed)} steps done again",
         whole_after_s=again[0] - killed,
         numbers={
             "step_at_kill": done,
@@ -195,7 +195,7 @@ def cut_off(lab: Lab) -> Outcome:
         lost = [*_went_back(starts, durable), *_differs(out, reference)]
     return Outcome(
         lost=lost,
-        cost=f"{done - starts[0]} steps done again" if starts else "waiting; no step done again",
+        cost=f"{_CUT_S:g} s of waiting, {_done_again(run, cut)} steps done again",
         whole_after_s=again[0] - cut - _CUT_S,
         numbers={
             "step_at_cut": done,
@@ -308,6 +308,15 @@ def _fresh(lab: Lab) -> Iterator[Path]:
 def _must_end_well(run: Run) -> None:
     if run.end() != 0:
         raise RuntimeError(f"the run has failed:\n{run.log.read_text()[-3000:]}")
+
+
+def _done_again(run: Run, since: float) -> int:
+    """Return how many steps were done once more, after all starts since a moment."""
+    total = 0
+    for began, start in run.of("RunStart", since):
+        before = [step["step"] for seen, step in run.of("StepRecord") if seen < began]
+        total += before[-1] - start["first_step"]
+    return total
 
 
 def _went_back(starts: list[int], durable: int) -> list[str]:
