@@ -14,7 +14,7 @@ from offsite_ray.architectures import load_model, load_tokenizer
 from offsite_ray.config import Limits
 from offsite_ray.emulator import open_full_model
 from offsite_ray.errors import BusyError, RequestError
-from offsite_ray.serving.queue import FairQueue
+from offsite_ray.serving.queue import CALM_S, FairQueue
 from offsite_ray.serving.requests import Request, Sampling
 from offsite_ray.serving.tenants import read_own
 from tests.served import Tenants, ask, generated, held, make_tenants, serve
@@ -181,9 +181,13 @@ def test_a_full_queue_refuses(served: tuple[Engine, dict[str, int]]) -> None:
     assert [answer.finish() for answer in (*waiting, *others)] == [
         *["length"] * 8, "busy", "busy", "length", "length"
     ]  # fmt: skip
-    later = ask(engine, numbers["full"], PROMPT, max_tokens=2)
-    assert later.done.wait(30)
-    assert later.finish() == "length"
+    with held(engine):  # what is free they may take at once, but wait for nothing so soon
+        later = [ask(engine, numbers["full"], PROMPT, max_tokens=2) for _ in range(4)]
+        with pytest.raises(BusyError, match="all places are taken"):
+            ask(engine, numbers["full"], PROMPT)
+        calm = ask(engine, numbers["bitfit"], PROMPT, max_tokens=2)
+    assert all(answer.done.wait(30) for answer in (*later, calm))
+    assert {answer.finish() for answer in (*later, calm)} == {"length"}
 
 
 def test_who_asks_an_engine_that_has_ended_is_not_left_waiting(
@@ -339,6 +343,21 @@ def test_who_comes_back_has_saved_up_nothing() -> None:
         queue.served(request.tenant, 1000.0)
         taken.append(request.tenant)
     assert taken.index(1) <= 2, taken
+
+
+def test_who_was_refused_may_wait_again_after_some_calm() -> None:
+    now = [100.0]
+    queue = FairQueue(clock=lambda: now[0])
+    assert queue.may_wait(1)
+    queue.refuse(1)
+    assert not queue.may_wait(1)
+    assert queue.may_wait(2)
+    now[0] += CALM_S - 1
+    queue.refuse(1)
+    now[0] += CALM_S - 1
+    assert not queue.may_wait(1)
+    now[0] += 2
+    assert queue.may_wait(1)
 
 
 def test_a_version_that_comes_back_while_it_is_on_its_way_out_stays(

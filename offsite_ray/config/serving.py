@@ -24,7 +24,8 @@ class Limits:
     """Tokens whose keys and values a replica holds: texts times the longest of them."""
     max_queue: int = 2
     """Requests that may wait at a replica; more are answered with 429. The longer it is, the longer
-    the last one waits, and the more of a burst is taken in."""
+    the last one waits, and the more of a burst is taken in. A tenant that was refused may wait
+    again after five seconds without a refusal."""
     max_prompt: int = 4096
     """Tokens of a prompt."""
     max_output: int = 2048

@@ -138,8 +138,10 @@ class Engine:
                 raise BusyError("the service has ended; ask again")
             displaced = None
             free = max(0, self.limits.max_rows - self.num_running)
-            if len(self._queue) >= self.limits.max_queue + free:
-                displaced = self._queue.displaced_by(request.tenant)
+            may_wait = self._queue.may_wait(request.tenant)
+            if len(self._queue) >= free + (self.limits.max_queue if may_wait else 0):
+                displaced = self._queue.displaced_by(request.tenant) if may_wait else None
+                self._queue.refuse(displaced.tenant if displaced else request.tenant)
                 if displaced is None:
                     raise BusyError(_BUSY)
             self.residency.hold(request.tenant)

@@ -10,24 +10,35 @@ wait differs by a bound, however much they send.
 
 from __future__ import annotations
 
+import math
+import time
 from collections import deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from offsite_ray.serving.requests import Request
 
 PROMPT_COST, ANSWER_COST = 1, 2
 """What a token of a prompt counts, and one of an answer."""
 
+CALM_S = 5.0
+"""How long a tenant that was refused may not wait, only take what is free at once. A queue takes in
+a burst; while more comes than fits it would stay full, and all who get in would have waited for
+nothing: no more of them are answered. (Nichols and Jacobson call that a bad queue, ACM Queue 2012.)
+"""
+
 
 class FairQueue:
     """Requests that wait, by tenant."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Hold none."""
+        self._clock = clock
         self._waiting: dict[int, deque[Request]] = {}
+        self._refused: dict[int, float] = {}
+        """By tenant: when it was refused last."""
         self._served: dict[int, float] = {}
         self._last_left = 0.0
         """Counter of the tenant that was the last to have nothing waiting."""
@@ -40,6 +51,14 @@ class FairQueue:
         """Yield every request that waits."""
         for requests in self._waiting.values():
             yield from requests
+
+    def may_wait(self, tenant: int) -> bool:
+        """Return whether a tenant may wait for a place: it was not refused lately."""
+        return self._clock() - self._refused.get(tenant, -math.inf) > CALM_S
+
+    def refuse(self, tenant: int) -> None:
+        """Note that a tenant had no place."""
+        self._refused[tenant] = self._clock()
 
     def displaced_by(self, tenant: int) -> Request | None:
         """Return whose place somebody gets of whom none waits; None where nobody has two."""
