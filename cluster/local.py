@@ -48,7 +48,7 @@ class Place:
     address: str = "127.0.0.1"
     """IP address of the node."""
     through: Sequence[str] = ()
-    """Command that runs another one there, e.g. ``ip netns exec NAME``."""
+    """Command that runs another one there, e.g. ``nsenter --net=FILE``."""
     temp_dir: Path | None = None
     """Directory of the node's files; by default the cluster's."""
     variables: Mapping[str, str] = field(default_factory=dict)

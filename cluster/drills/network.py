@@ -39,7 +39,9 @@ class Network:
 
     def through(self, number: int) -> tuple[str, ...]:
         """Return the command that runs another one on a node."""
-        return ("ip", "netns", "exec", f"{self.name}-{number}")
+        # Not "ip netns exec": that gives a file system tree of its own, in which disks that are
+        # mounted later are not seen.
+        return ("nsenter", f"--net=/run/netns/{self.name}-{number}")
 
     def plug(self, number: int) -> None:
         """Give a node its namespace, its cable and its address."""
