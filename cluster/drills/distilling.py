@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,7 @@ class Run:
     said: list[tuple[float, str, dict[str, Any]]] = field(default_factory=list)
     """When we saw it, the kind of record, and its values."""
     _read: int = 0
+    _inode: int | None = None
 
     @property
     def run_dir(self) -> Path:
@@ -68,12 +70,15 @@ class Run:
             contextlib.suppress(FileNotFoundError),
             (self.run_dir / "records.jsonl").open("rb") as records,
         ):
+            if (inode := os.fstat(records.fileno()).st_ino) != self._inode:
+                self._inode, self._read = inode, 0
+                self.said.clear()  # of the command before, whose file was still there
             records.seek(self._read)
             for line in records:
                 if not line.endswith(b"\n"):
                     return
                 self._read += len(line)
-                if line.strip():
+                with contextlib.suppress(ValueError):  # half a line, or none
                     kind, values = json.loads(line)
                     self.said.append((time.monotonic(), kind, values))
 

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from offsite_ray.results import Record
 
 RECORDS = "records.jsonl"
+"""What worker 0 reports, a line each: ``[type, values]``."""
+
 RESERVED = "reserved"
 """File that names the placement group of the workers that started last."""
-"""What worker 0 reports, a line each: ``[type, values]``."""
 
 RESULT = "result"
 """Directory of what was trained: fragments of every worker, history and shapes."""
