@@ -53,7 +53,6 @@ class Run:
     process: subprocess.Popen[str]
     out: Path
     log: Path
-    began: float = field(default_factory=time.monotonic)
     said: list[tuple[float, str, dict[str, Any]]] = field(default_factory=list)
     """When we saw it, the kind of record, and its values."""
     _read: int = 0
@@ -95,6 +94,10 @@ class Run:
     def durable(self) -> int:
         """Steps of the last checkpoint that was reported."""
         return max((values["step"] for _, values in self.of("CheckpointRecord")), default=0)
+
+    def trained_s(self) -> float:
+        """Return the seconds since its first step."""
+        return time.monotonic() - self.of("StepRecord")[0][0]
 
     def reach(self, step: int) -> None:
         """Wait until so many steps are done, and a checkpoint of some is reported."""
@@ -141,12 +144,12 @@ def running(lab: Lab, out: Path, **changes: Any) -> Iterator[Run]:
 
 
 def undisturbed(lab: Lab) -> tuple[Path, float]:
-    """Return the result of the run that nothing happens to, and its seconds; it is made once."""
+    """Return what the run makes that nothing happens to, and its seconds from the first step on."""
     out, note = lab.folder / "undisturbed", lab.folder / "undisturbed.json"
     if not note.exists():
         with running(lab, out) as run:
             _must_end_well(run)
-        note.write_text(json.dumps(time.monotonic() - run.began))
+        note.write_text(json.dumps(run.trained_s()))
     return out, json.loads(note.read_text())
 
 
@@ -281,14 +284,14 @@ def storage_slow(lab: Lab) -> Outcome:
             shutil.rmtree(kept, ignore_errors=True)
             shutil.copytree(live, kept)
             _must_end_well(run)
-            took = time.monotonic() - run.began
+            took = run.trained_s()
         lost = _differs(disk / "out", reference)
     with disks.mounted(copy) as old:
         lost += _missing(kept, old / ".out.run" / live.name)
     copy.unlink()
     return Outcome(
         lost=lost,
-        cost=f"{took:.0f} s in the place of {usual_s:.0f} s",
+        cost=f"{took:.0f} s of training in the place of {usual_s:.0f} s",
         whole_after_s=None,
         numbers={
             "bytes_per_s": _SLOW_BYTES_PER_S,
