@@ -234,7 +234,7 @@ def storage_full(lab: Lab) -> Outcome:
         whole = again.of("StepRecord")[0][0] - room
         starts = [values["first_step"] for _, values in again.of("RunStart")]
         lost = [*_went_back(starts, durable), *_differs(out, reference)]
-    if status != 1 or "No space left on device" not in said:
+    if status == 0 or "No space left on device" not in said:
         lost.append(f"the run ended with {status}: {said}")
     return Outcome(
         lost=lost,
