@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from offsite_ray.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -47,14 +48,17 @@ def has_key(text: str) -> bool:
     return _KEY.search(text) is not None
 
 
-def without_secrets(plain: Any) -> Any:
-    """Return plain values with every text in them as :func:`shown` returns it."""
+def without_secrets(plain: Any, clean: Callable[[str], str] = shown) -> Any:
+    """Return plain values with every text in them as :func:`shown` or :func:`scrubbed` returns it.
+
+    Before they are written as JSON or YAML, in whose marks and escapes an address has no end.
+    """
     if isinstance(plain, str):
-        return shown(plain)
+        return clean(plain)
     if isinstance(plain, Mapping):
-        return {key: without_secrets(value) for key, value in plain.items()}
+        return {key: without_secrets(value, clean) for key, value in plain.items()}
     if isinstance(plain, list | tuple):
-        return [without_secrets(value) for value in plain]
+        return [without_secrets(value, clean) for value in plain]
     return plain
 
 

@@ -214,6 +214,20 @@ def test_no_password_is_written(tmp_path: Path) -> None:
     assert recipe["inspect"]["path"] == "s3://bucket/bundle"
 
 
+def test_an_address_in_quotes_leaves_a_record_that_can_be_read(tmp_path: Path) -> None:
+    said = 'cannot open "s3://bucket/o?region=HIDDEN":\nno such bucket'
+    with recorded(str(tmp_path), "run", "inspect", CONFIG) as recorder:
+        recorder.metric({"said": said})
+    with pytest.raises(KeyError), recorded(str(tmp_path), "run", "inspect", CONFIG):
+        raise KeyError(said)
+    assert run_of(tmp_path, "run")["error"].startswith("KeyError: ")
+    (line,) = lines_of(tmp_path / "run" / "metrics.jsonl")
+    assert line["said"] == 'cannot open "s3://bucket/o":\nno such bucket'
+    last = lines_of(tmp_path / "run" / "log.jsonl")[-1]
+    assert "HIDDEN" not in json.dumps(last)
+    assert "Traceback" in last["traceback"]
+
+
 def test_a_record_that_cannot_be_written_is_said_once_and_ends_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

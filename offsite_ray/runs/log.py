@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from offsite_ray.errors import first_line
-from offsite_ray.uris import scrubbed
+from offsite_ray.uris import scrubbed, without_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,7 +46,7 @@ class JsonLines(logging.FileHandler):
         }
         if trace := getattr(record, "traceback", None):
             said["traceback"] = trace
-        return scrubbed(json.dumps(said))
+        return json.dumps(without_secrets(said, scrubbed))
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Say once that the log cannot be written; the run goes on."""

@@ -34,7 +34,7 @@ from offsite_ray.runs.record import (
     run_directory,
     utc_now,
 )
-from offsite_ray.uris import is_uri, scrubbed
+from offsite_ray.uris import is_uri, scrubbed, without_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -96,7 +96,7 @@ class Recorder:
     def metric(self, values: Mapping[str, Any]) -> None:
         """Append a line of numbers by name."""
         with self._lock, self._said_once(), (self.directory / METRICS).open("a") as file:
-            file.write(scrubbed(json.dumps(to_plain(values))) + "\n")
+            file.write(json.dumps(_plain(values)) + "\n")
 
     def result(self, plain: Mapping[str, Any]) -> None:
         """Keep what the verb gave back, and where what it made is."""
@@ -141,7 +141,7 @@ class Recorder:
         self.record = dataclasses.replace(self.record, attempts=(*earlier, counted))
 
     def _write(self, name: str, plain: Any) -> None:
-        write_text(self.directory / name, json.dumps(to_plain(plain), indent=1) + "\n")
+        write_text(self.directory / name, json.dumps(_plain(plain), indent=1) + "\n")
 
     @contextlib.contextmanager
     def _said_once(self) -> Iterator[None]:
@@ -155,12 +155,12 @@ class Recorder:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, without passwords in addresses."""
+    """Write a file whole or not at all."""
     # Late: a listing of runs needs no torch.
     from offsite_ray.bundle import atomic_file
 
     with atomic_file(path) as tmp:
-        tmp.write_text(scrubbed(text), encoding="utf-8")
+        tmp.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -197,7 +197,7 @@ def recorded(
             raise ConfigError(
                 f"{directory} is a run of {before.verb}, not of {verb}; choose another --run"
             )
-        write_text(directory / RECIPE, _yaml({verb: to_plain(config)}))
+        write_text(directory / RECIPE, _yaml({verb: _plain(config)}))
         recorder = Recorder(directory, _begun(name, verb, before))
         log = logging_to(
             directory / LOG, run=name, verb=verb, attempt=len(recorder.record.attempts)
@@ -309,6 +309,11 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+def _plain(value: Any) -> Any:
+    """Return what is written of a value: no address in it has a key or options."""
+    return without_secrets(to_plain(value), scrubbed)
 
 
 def _yaml(plain: Any) -> str:
