@@ -106,8 +106,9 @@ async def _stream(server: JobServer, job: str, log: _Log) -> bool:
     async with contextlib.aclosing(parts):
         while True:
             try:
-                log.take(await asyncio.wait_for(anext(parts), _QUIET_S))
+                part = await asyncio.wait_for(anext(parts), _QUIET_S)
             except StopAsyncIteration:
                 return True
             except (OSError, RuntimeError, aiohttp.ClientError):
                 return False
+            log.take(part)
