@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from offsite_ray.submit import Job, follow
+from offsite_ray.config import SubmitConfig
+from offsite_ray.errors import ClusterError
+from offsite_ray.submit import Job, JobServer, follow, run, stop, submit
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -28,16 +30,28 @@ JOB = Job(
 )
 
 
-class Server:
-    """A job server that knows the jobs of a list, the last of which ends when its log is read."""
+class Server(JobServer):
+    """A job server of a list of jobs, the last of which ends when its log is read."""
 
-    address = "http://head:8265"
-
-    def __init__(self, *jobs: Job) -> None:
-        self.known = list(jobs)
+    def __init__(self, *known: Job) -> None:
+        self.address = "http://head:8265"
+        self.known = list(known)
+        self.lost = False
 
     def jobs(self) -> list[Job]:
+        if self.lost:
+            raise ClusterError("lost")
         return list(self.known)
+
+    def submit(self, name: str, number: int, entrypoint: str, **given: Any) -> str:
+        self.lost = True
+        return f"{name}-{number}"
+
+    def stop(self, job: str) -> None:
+        self.known = [
+            *(replace(one, status="STOPPED") for one in self.known if one.job == job),
+            replace(JOB, job="run-2"),
+        ]
 
     async def log(self, job: str) -> AsyncIterator[str]:
         await asyncio.sleep(0)
@@ -45,16 +59,26 @@ class Server:
         self.known[-1] = replace(self.known[-1], status="SUCCEEDED")
 
 
-def server(*jobs: Job) -> Any:
-    return Server(*jobs)
-
-
 def test_following_ends_where_nobody_reads() -> None:
     def gone(_: str) -> None:
         raise BrokenPipeError
 
     with pytest.raises(BrokenPipeError):
-        follow(server(JOB), "run-1", gone, print, 1)
+        follow(Server(JOB), "run-1", gone, print, 1)
     shown: list[str] = []
-    assert follow(server(JOB), "run-1", shown.append, print, 1).status == "SUCCEEDED"
+    assert follow(Server(JOB), "run-1", shown.append, print, 1).status == "SUCCEEDED"
     assert shown == ["log of run-1\n"]
+
+
+def test_what_was_submitted_is_said_though_the_connection_is_lost_then() -> None:
+    config = SubmitConfig(verb="inspect", recipe="r.yaml", name="run", packages="any")
+    said: list[str] = []
+    with pytest.raises(ClusterError):
+        submit(Server(), config, b"", [], said.append)
+    assert said == ["submitted run-1"]
+
+
+def test_stopping_waits_for_the_job_that_was_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_STOP_S", 1)
+    stopped = stop(Server(JOB), "run")
+    assert (stopped.job, stopped.status) == ("run-1", "STOPPED"), "not for the next one"

@@ -48,7 +48,9 @@ def follow(
     at_end, attempts = False, 0
     while True:
         try:
-            found = next((one for one in server.jobs() if one.job == job), None)
+            found = server.job(job)
+        except JobError:
+            raise
         except ClusterError as error:
             if lost_at is None:
                 lost_at = time.monotonic()
@@ -60,11 +62,6 @@ def follow(
         if lost_at is not None:
             notice(f"{server.address} is back")
             lost_at = None
-        if found is None:
-            raise JobError(
-                f"{server.address} knows no job {job!r}; a cluster that is started anew forgets "
-                "its jobs: submit the run again, and it goes on with what is on disk"
-            )
         if found.ended and (at_end or attempts == _MOST_ATTEMPTS):
             return found
         if attempts and found.status == "PENDING":

@@ -53,7 +53,7 @@ def submit(
     kept = [] if recorded is None else ["--run", name, "--runs", recorded]
     number = max((job.number for job in before), default=0) + 1
     with packed(recipe, config.packages) as environment:
-        server.submit(
+        job = server.submit(
             name,
             number,
             shlex.join(
@@ -73,9 +73,9 @@ def submit(
             entrypoint_resources=dict(config.driver_resources or {}),
             entrypoint_label_selector=dict(config.driver_labels or {}),
         )
-    job = run_named(server, name)
-    notice(f"submitted {job.job}" + (f", which goes on with {before[-1].job}" if before else ""))
-    return job
+    # Before it is looked up: the connection may be lost by then.
+    notice(f"submitted {job}" + (f", which goes on with {before[-1].job}" if before else ""))
+    return server.job(job)
 
 
 def _is_done(last: Job, verb: str, digest: str) -> bool:
@@ -123,7 +123,7 @@ def stop(server: JobServer, name: str) -> Job:
                 "when Ray has a node for it, or gives it up"
             )
         time.sleep(0.2)
-        last = run_named(server, name)
+        last = server.job(last.job)
     return last
 
 

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.errors import ClusterError, ConfigError, first_line
+from offsite_ray.errors import ClusterError, ConfigError, JobError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping
@@ -86,8 +86,22 @@ class JobServer:
             found = [_job(details) for details in self._client.list_jobs()]
         return sorted(filter(None, found), key=lambda job: (job.started, job.number))
 
-    def submit(self, name: str, number: int, entrypoint: str, **given: Any) -> None:
-        """Submit the next job of a run.
+    def job(self, job: str) -> Job:
+        """Return a job as it is now.
+
+        Raises:
+            JobError: Nobody knows it.
+        """
+        for found in self.jobs():
+            if found.job == job:
+                return found
+        raise JobError(
+            f"{self.address} knows no job {job!r}; a cluster that is started anew forgets "
+            "its jobs: submit the run again, and it goes on with what is on disk"
+        )
+
+    def submit(self, name: str, number: int, entrypoint: str, **given: Any) -> str:
+        """Submit the next job of a run, and return its id.
 
         Raises:
             ConfigError: Somebody else has just done so.
@@ -103,6 +117,7 @@ class JobServer:
                     f"{job} was submitted by somebody else at this moment; follow it with "
                     f"'offsite-ray submit status --name {name} --follow'"
                 ) from error
+        return job
 
     def stop(self, job: str) -> None:
         """Ask a job to end."""
