@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import pytest
 from offsite_ray.config import SubmitConfig
 from offsite_ray.errors import ClusterError
 from offsite_ray.submit import Job, JobServer, follow, run, stop, submit
+from offsite_ray.submit import server as servers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -82,3 +84,13 @@ def test_stopping_waits_for_the_job_that_was_stopped(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(run, "_STOP_S", 1)
     stopped = stop(Server(JOB), "run")
     assert (stopped.job, stopped.status) == ("run-1", "STOPPED"), "not for the next one"
+
+
+def test_a_server_that_takes_connections_and_says_nothing_answers_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(servers, "_ANSWER_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        with pytest.raises(ClusterError, match=f"no job server answers at http://127.0.0.1:{port}"):
+            JobServer(f"http://127.0.0.1:{port}")

@@ -21,6 +21,8 @@ ADDRESS = "RAY_API_SERVER_ADDRESS"
 """Environment variable with the address; in Ray's client it wins over everything else."""
 
 _JOB = re.compile(r"(.+)-(\d+)")
+_ANSWER_S = 60.0
+"""Without a word, after which nobody answers: a tunnel takes connections though its end is cut."""
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -74,11 +76,17 @@ class JobServer:
         """
         from ray.job_submission import JobSubmissionClient
 
+        class Client(JobSubmissionClient):
+            """Ray's own waits without end for who takes a connection and says nothing."""
+
+            def _do_request(self, *args: Any, **kwargs: Any) -> Any:
+                return super()._do_request(*args, timeout=_ANSWER_S, **kwargs)
+
         for name in ("dashboard_sdk", "job.sdk"):
             logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
         self.address = address.rstrip("/")
         with self._plainly(), _address_alone(self.address):
-            self._client = JobSubmissionClient(self.address)
+            self._client = Client(self.address)
 
     def jobs(self) -> list[Job]:
         """Return the jobs whose id is of a name and a number, in the order of their start."""
