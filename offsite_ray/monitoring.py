@@ -6,15 +6,16 @@ Served models have meters of their own, in :mod:`offsite_ray.serving.meters`.
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
+from offsite_ray.repeating import repeating
 from offsite_ray.results import DevicesRecord, EvalRecord, RunStart, StepRecord
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+    from contextlib import AbstractContextManager
 
     from offsite_ray.data import PartsRecord
     from offsite_ray.results import Record
@@ -67,30 +68,24 @@ class Gauges:
 
     def set(self, values: Iterable[Value]) -> None:
         """Set gauges, to be kept so until they are set again."""
+        with self._lock:
+            self._set(values)
+
+    def kept(self) -> AbstractContextManager[None]:
+        """Keep Ray from forgetting what was set, until the block ends."""
+        return repeating(self._set_again, _AGAIN_S, "gauges")
+
+    def _set_again(self) -> None:
+        with self._lock:  # or what is set meanwhile would be set back
+            self._set(list(self._last.values()))
+
+    def _set(self, values: Iterable[Value]) -> None:
         ray = sys.modules.get("ray")
         if ray is None or not ray.is_initialized():
             return
-        with self._lock:
-            for name, value, labels in values:
-                self._gauge(name).set(value, {**self._labels, **labels})
-                self._last[name, str(labels)] = name, value, labels
-
-    @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        """Keep Ray from forgetting what was set, until the block ends."""
-        ended = threading.Event()
-
-        def again() -> None:
-            while not ended.wait(_AGAIN_S):
-                self.set(list(self._last.values()))
-
-        thread = threading.Thread(target=again, name="gauges", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
+        for name, value, labels in values:
+            self._gauge(name).set(value, {**self._labels, **labels})
+            self._last[name, str(labels)] = name, value, labels
 
     def _gauge(self, name: str) -> Any:
         if name not in self._gauges:

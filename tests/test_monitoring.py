@@ -12,6 +12,7 @@ import pytest
 import ray
 import yaml
 
+from offsite_ray import monitoring
 from offsite_ray.cli import main
 from offsite_ray.monitoring import GAUGES
 from tests.dashboards import DASHBOARDS, Scraper, asked_for, dashboard, queries
@@ -68,6 +69,25 @@ def test_a_dashboard_is_whole(name: str) -> None:
 def test_dashboards_show_every_gauge_but_what_a_cpu_has_not() -> None:
     asked = {metric for name in ("training", "sweeps") for metric in asked_for(name)}
     assert asked == {f"ray_offsite_ray_{name}" for name in GAUGES if "flops" not in name}
+
+
+def test_what_is_set_meanwhile_is_not_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+
+    class Slow:
+        def set(self, value: float, _: object) -> None:
+            time.sleep(0 if value in seen else 0.1)
+            seen.append(value)
+
+    monkeypatch.setattr(monitoring, "_AGAIN_S", 0.01)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    gauges = monitoring.Gauges("run", "distill")
+    monkeypatch.setattr(gauges, "_gauge", lambda _: Slow())
+    with gauges.kept():
+        for value in (1.0, 2.0):
+            gauges.set([("train_steps", value, {})])
+            time.sleep(0.05)
+    assert set(seen[seen.index(2.0) :]) == {2.0}
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from offsite_ray import __version__
 from offsite_ray.errors import ConfigError, OffsiteError, StorageError
+from offsite_ray.repeating import repeating
 from offsite_ray.results import to_plain
 from offsite_ray.runs.log import logging_to
 from offsite_ray.runs.record import (
@@ -257,24 +258,17 @@ def _end_badly(recorder: Recorder, error: BaseException) -> None:
         _LOG.info("failed after %.1f s: %s", recorder.seconds, said, extra={"traceback": trace})
 
 
-@contextlib.contextmanager
-def _beating(recorder: Recorder, at_beat: Callable[[Recorder], None]) -> Iterator[None]:
+def _beating(
+    recorder: Recorder, at_beat: Callable[[Recorder], None]
+) -> contextlib.AbstractContextManager[None]:
     """Give signs of life until the block ends."""
-    ended = threading.Event()
 
     def beat() -> None:
-        while not ended.wait(BEAT_S):
-            recorder.beat()
-            at_beat(recorder)
+        recorder.beat()
+        at_beat(recorder)
 
     at_beat(recorder)
-    thread = threading.Thread(target=beat, name="run-record", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    return repeating(beat, BEAT_S, "run-record")
 
 
 @contextlib.contextmanager

@@ -13,12 +13,12 @@ import errno
 import json
 import logging
 import os
-import threading
 import uuid
 from typing import TYPE_CHECKING
 
 from offsite_ray.cluster import check_room, embedded_ray
 from offsite_ray.errors import OffsiteError, StorageError, TrainingError
+from offsite_ray.repeating import repeating
 from offsite_ray.results import CheckpointRecord, DevicesRecord, EvalRecord, RunStart, StepRecord
 from offsite_ray.train.worker import RECORDS, RESERVED, read_result, worker
 
@@ -211,7 +211,6 @@ def following(records: Path, report: Report) -> Iterator[None]:
 
     What cannot be reported is left out: the workers go on, and the first time is said.
     """
-    ended = threading.Event()
     position = 0
     failed: list[Exception] = []
 
@@ -239,15 +238,8 @@ def following(records: Path, report: Report) -> Iterator[None]:
                 position += len(line)
                 tell(line)
 
-    def follow() -> None:
-        while not ended.wait(_POLL_SECONDS):
-            read()
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
     try:
-        yield
+        with repeating(read, _POLL_SECONDS, "following"):
+            yield
     finally:
-        ended.set()
-        thread.join()
         read()
