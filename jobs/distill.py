@@ -20,7 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from offsite_ray.bundle import MANIFEST
 from offsite_ray.cli import main as offsite_ray
 from offsite_ray.cli.arguments import parse
 from offsite_ray.cli.settings import sections_of
@@ -28,6 +27,8 @@ from offsite_ray.cli.verbs import VERBS
 from offsite_ray.data import is_prepared
 from offsite_ray.errors import ConfigError, OffsiteError
 from offsite_ray.results import to_plain
+from offsite_ray.storage import is_published
+from offsite_ray.uris import scrubbed, shown
 
 if TYPE_CHECKING:
     from offsite_ray.config import (
@@ -64,11 +65,11 @@ def main(argv: list[str]) -> int:
         done = is_there(list(words)[-1], configs[-1].out)
         for step, config in zip(words, configs, strict=True):
             if done or is_there(step, config.out):
-                print(f"{step}: {config.out} is there already, skipped", file=sys.stderr)
+                print(f"{step}: {shown(config.out)} is there already, skipped", file=sys.stderr)
             elif status := offsite_ray([step, *words[step], *record_of(step, args)]):
                 return status
     except (OffsiteError, OSError) as error:
-        print(f"offsite-ray: error: {error}", file=sys.stderr)
+        print(f"offsite-ray: error: {scrubbed(str(error))}", file=sys.stderr)
         return getattr(error, "exit_status", 2)
     return 0
 
@@ -81,7 +82,7 @@ def record_of(step: str, args: argparse.Namespace) -> list[str]:
 
 def is_there(step: str, out: str) -> bool:
     """Return whether a step's result is there, whole."""
-    return is_prepared(out) if step == "prepare" else (Path(out) / MANIFEST).is_file()
+    return is_prepared(out) if step == "prepare" else is_published(out)
 
 
 def say(

@@ -20,6 +20,7 @@ from offsite_ray.selection import selection_method
 from offsite_ray.split import parse_plan
 from offsite_ray.training.sources import row_length
 from tests.conftest import ROOT
+from tests.stores import SECRET, Store
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -176,6 +177,15 @@ def test_the_job_does_what_is_left(words: list[str], tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in before if path.is_file()} == {
         path: changed for path, changed in before.items() if path.is_file()
     }
+
+
+def test_the_job_sees_what_is_in_a_store(words: list[str]) -> None:
+    with Store() as store:
+        store.write("emulator/offsite.json", b"{}")
+        done = job(*words, f"distill.out={store.uri('emulator')}")
+    assert done.returncode == 0, done.stderr
+    assert "distill: s3://bucket/emulator is there already, skipped\n" in done.stderr
+    assert SECRET not in done.stderr
 
 
 def test_an_override_of_no_step_is_refused(words: list[str]) -> None:
