@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from offsite_ray.config.ranges import check_least, check_positive
 from offsite_ray.errors import ConfigError
 from offsite_ray.uris import is_uri, shown
 
@@ -35,8 +36,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         """Check ranges; raise :class:`ConfigError`."""
-        for name in Limits.__slots__:
-            _check_least(name, getattr(self, name), 1)
+        check_least(self, 1, *Limits.__slots__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,25 +88,11 @@ class ApplicationConfig(Limits):
     def __post_init__(self) -> None:
         """Check ranges; raise :class:`ConfigError`."""
         Limits.__post_init__(self)
-        for name, least in (
-            ("min_replicas", 1),
-            ("max_replicas", self.min_replicas),
-            ("target_requests", 1),
-            ("num_ingress", 1),
-        ):
-            _check_least(name, getattr(self, name), least)
-        for name in (
-            "max_tenant_gib",
-            "max_upload_gib",
-            "request_timeout",
-            "step_timeout",
-            "num_cpus",
-        ):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name}={value} must be above 0")
-        for name in ("num_gpus", "drain_timeout"):
-            _check_least(name, getattr(self, name), 0)
+        check_least(self, 1, "min_replicas", "target_requests", "num_ingress")
+        check_least(self, self.min_replicas, "max_replicas")
+        check_positive(self, "max_tenant_gib", "max_upload_gib", "num_cpus")
+        check_positive(self, "request_timeout", "step_timeout")
+        check_least(self, 0, "num_gpus", "drain_timeout")
         self.adapters()
         if self.full_model_name is not None:
             check_model_name(self.full_model_name)
@@ -156,11 +142,6 @@ class ServeConfig(ApplicationConfig):
                 "engine=vllm serves one plugged-in model: run plug-in first, and give its "
                 "directory as --model, without --adapter"
             )
-
-
-def _check_least(name: str, value: float, least: int) -> None:
-    if not value >= least:
-        raise ConfigError(f"{name}={value} must be at least {least}")
 
 
 def check_model_name(name: str) -> None:

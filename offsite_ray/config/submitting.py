@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from offsite_ray.config.ranges import check_least, check_positive
 from offsite_ray.config.running import check_run_name, is_run_name
 from offsite_ray.errors import ConfigError
-from offsite_ray.uris import is_uri
+from offsite_ray.uris import is_uri, shown
 
 ACTIONS = ("list", "status", "stop")
 """What can be asked in the place of a verb."""
@@ -62,15 +63,16 @@ class SubmitConfig:
             check_address(self.address)
         if self.name is not None:
             check_run_name(self.name, "name")
-        for name in ("driver_cpus", "driver_gpus", "reconnect_timeout"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 0")
+        check_least(self, 0, "driver_cpus", "driver_gpus", "reconnect_timeout")
         for key, value in (self.driver_resources or {}).items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
                 raise ConfigError(f"driver_resources: {key}={value!r} must be a number above 0")
         for key, value in (self.driver_labels or {}).items():
             if not isinstance(value, str):
                 raise ConfigError(f"driver_labels: {key}={value!r} must be a text")
+        for name in ("root", "runs"):
+            if is_uri(given := getattr(self, name) or ""):
+                raise ConfigError(f"{name}={shown(given)!r} must be a path that every node sees")
         if self.runs is not None and self.root is None and not Path(self.runs).is_absolute():
             raise ConfigError(
                 f"runs={self.runs!r} is below no folder that outlives the job; give --root DIR, "
@@ -132,11 +134,8 @@ class DoctorConfig:
                     f"storage={self.storage!r} must be a whole path or a URI, where every node is "
                     "to write to it"
                 )
-        if self.timeout <= 0:
-            raise ConfigError(f"timeout={self.timeout} must be above 0")
-        for name in ("min_free_disk_gib", "min_free_memory_gib", "max_clock_skew"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 0")
+        check_positive(self, "timeout")
+        check_least(self, 0, "min_free_disk_gib", "min_free_memory_gib", "max_clock_skew")
 
 
 def check_address(address: str) -> None:
