@@ -287,6 +287,16 @@ def test_runs_are_listed_as_a_table(killed: Path, capsys: pytest.CaptureFixture[
     assert json.loads(capsys.readouterr().out)["name"] == "SIGTERM"
 
 
+def test_a_table_shows_paths_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = "/mnt/exp[v2]/[/a]:dog:"
+    with recorded(str(tmp_path), "run", "inspect", CONFIG) as recorder:
+        recorder.result({"out": out})
+    assert main(["runs", "--runs", str(tmp_path)]) == 0
+    assert out in capsys.readouterr().out
+
+
 def test_a_record_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")

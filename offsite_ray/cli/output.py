@@ -106,7 +106,9 @@ def _rendered(table: RenderableType, stream: TextIO) -> str:
     from rich.console import Console
 
     terminal = stream.isatty()
-    console = Console(force_terminal=terminal, width=None if terminal else 160)
+    width = None if terminal else 160
+    # A path may have [brackets] and :names: in it; what is to have a style is a Text.
+    console = Console(force_terminal=terminal, width=width, markup=False, emoji=False)
     with console.capture() as captured:
         console.print(table)
     return captured.get().rstrip("\n")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offsite_ray.cli.output import Outcome
+from offsite_ray.cli.output import Outcome, printable
 from offsite_ray.config import check_address
 from offsite_ray.errors import ConfigError
 from offsite_ray.results import to_plain
@@ -125,5 +125,5 @@ def _table(jobs: Sequence[Job]) -> Table:
     table = Table(*(name.replace("_", " ") for name in _COLUMNS))
     for job in jobs:
         cells = (getattr(job, name) for name in _COLUMNS)
-        table.add_row(*("" if cell is None else str(cell) for cell in cells))
+        table.add_row(*("" if cell is None else printable(str(cell)) for cell in cells))
     return table
