@@ -162,6 +162,7 @@ def test_a_run_that_was_killed_is_lost_after_a_while(killed: Path) -> None:
     assert record.to_json(utc_now())["status"] == "running"
     later = utc_now() + datetime.timedelta(seconds=LOST_S + 1)
     assert record.to_json(later)["status"] == "lost"
+    assert record.to_json(later)["attempts"][-1]["status"] == "lost"
     with recorded(str(killed), "SIGKILL", "inspect", CONFIG):
         pass
     attempts = run_of(killed, "SIGKILL")["attempts"]

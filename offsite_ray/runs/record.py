@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -88,10 +88,12 @@ class RunRecord:
             now: When it is looked at; without, the status is the last one that was written.
         """
         last = self.attempts[-1]
+        if now is not None:
+            last = replace(last, status=last.status_at(now))
         return {
             "name": self.name,
             "verb": self.verb,
-            "status": last.status if now is None else last.status_at(now),
+            "status": last.status,
             "exit_status": last.exit_status,
             "error": last.error,
             "started": self.attempts[0].started,
@@ -101,7 +103,7 @@ class RunRecord:
             "versions": dict(last.versions),
             "device_hours": {"gpu": self.gpu_hours, "cpu": self.cpu_hours},
             "artefacts": to_plain(self.artefacts),
-            "attempts": to_plain(self.attempts),
+            "attempts": to_plain([*self.attempts[:-1], last]),
         }
 
     @classmethod
