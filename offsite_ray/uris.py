@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-_SECRETS = re.compile(r"(?<=://).*@|(?<=://)([^?]*)\?.*")
-_IN_TEXT = re.compile(r"(?<=://)[^\s'\"]*@|(?<=://)([^\s'\"?]*)\?[^\s'\";,]*")
+_NOT_AZURE = r"(?<=://)(?![^\s'\"/:?@]+@[^\s'\"/:?@]+\.(?:dfs|blob)\.)"
+"""Where a key may begin; not before ``CONTAINER@ACCOUNT.dfs...``, which is a place."""
+_SECRETS = re.compile(rf"{_NOT_AZURE}.*@|(?<=://)([^?]*)\?.*")
+_IN_TEXT = re.compile(rf"{_NOT_AZURE}[^\s'\"]*@|(?<=://)([^\s'\"?]*)\?[^\s'\";,]*")
 """The key and the options that a URI may have; alone, and in a sentence."""
 _KEY = re.compile(
     r"://[^/\s:@\"']*:(?!\d+(?:[/\s]|$))[^\s\"']*@"

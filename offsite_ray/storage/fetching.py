@@ -107,8 +107,9 @@ def own_folder(kind: str, store: Place, *names: str) -> Path:
         )
     with storage_errors(cache):
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Two servers may have one name for two things; who asks makes no other thing of one.
-    return cache / digest_plain([re.sub(r"(?<=://).*@", "", name) for name in names])[:24]
+    # Two servers may have one path for two things; who asks makes no other thing of one.
+    given = [re.sub(r"(?<=://)[^/]*@|/+(?=\?|$)", "", name) for name in names]
+    return cache / digest_plain([store.path.rstrip("/"), *given])[:24]
 
 
 def _last_part(store: Place) -> str:
