@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 from pyarrow.fs import AzureFileSystem, S3FileSystem
 
-from offsite_ray.storage import Place, own_folder
+from offsite_ray.errors import StorageError
+from offsite_ray.storage import Place, fetched, own_folder
 from offsite_ray.uris import scrubbed, shown
 
 if TYPE_CHECKING:
@@ -55,3 +56,11 @@ def test_each_place_has_a_folder_of_its_own(
         folder(f"abfs://two@{AZURE}/x", azure, "two/x"),
     }
     assert len(others - {one}) == 5
+
+
+def test_what_a_uri_would_lose_is_refused() -> None:
+    with pytest.raises(StorageError, match=r"^s3://bucket/a#b has a '#', .* written %23$"):
+        fetched("s3://KEY:SECRET@bucket/a#b")
+    with pytest.raises(StorageError, match=r"^file:///tmp/a b is on no .* written as %20 and the"):
+        fetched("file:///tmp/a b")
+    assert str(fetched("file:///tmp/a%20%23b")) == "/tmp/a #b"

@@ -94,6 +94,9 @@ def place_of(name: str) -> Place:
     if not is_uri(name):
         return Place(LocalFileSystem(), os.path.abspath(name), name)
     known_as = shown(name)
+    if "#" in name:
+        # Everything from there on would be left out in silence.
+        raise StorageError(f"{known_as} has a '#', which in a URI is written %23")
     try:
         try:
             filesystem, path = FileSystem.from_uri(name)
@@ -105,7 +108,8 @@ def place_of(name: str) -> Place:
         raise StorageError(
             f"{known_as} is on no filesystem that can be used here: "
             f"{first_line(error).replace(name, known_as)}; give a path, "
-            "or a URI of a filesystem of pyarrow (s3://, gs://) or of fsspec"
+            "or a URI of a filesystem of pyarrow (s3://, gs://) or of fsspec, with spaces and what "
+            "is not ASCII written as %20 and the like"
         ) from error
     return Place(filesystem, path, path if isinstance(filesystem, LocalFileSystem) else known_as)
 
