@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from offsite_ray.data import is_prepared, open_prepared, write_blocks
 from offsite_ray.errors import ConfigError
-from offsite_ray.storage import fetched, found_by_all
+from offsite_ray.storage import found_by_all
 from offsite_ray.tune.bench import Shared
 from offsite_ray.tune.checks import check_same, workers_per_trial
 from offsite_ray.tune.folders import FAILED, STOPPED, Folders, once
@@ -144,6 +144,6 @@ def _prepared(
             f"{shown(own[0])} is prepared data; give it alone, or prepare all together"
         )
     if own:
-        return open_prepared(fetched(own[0]).resolve(), model, model_config.vocab_size)
+        return open_prepared(own[0], model, model_config.vocab_size)
     once(out, lambda path: write_blocks(sources, model, config.seq_len, path, notice))
     return open_prepared(out, model, model_config.vocab_size)
