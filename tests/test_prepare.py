@@ -289,11 +289,23 @@ def test_a_prefix_without_a_manifest_is_no_prepared_data(
         write_blocks([sources], tokenizer_dir, 64, out, write_parts=failing)
     assert names("killed", s3) == []
     place = place_of(out)
-    with place.filesystem.open_output_stream(place.below("part-00000.parquet").path) as stream:
+    with place.filesystem.open_output_stream(
+        place.below("0123abcd/part-00000.parquet").path
+    ) as stream:
         stream.write(b"left over")
     assert not is_prepared(out)
     write_blocks([sources], tokenizer_dir, 64, out)
     assert is_prepared(out)
+
+
+def test_a_prefix_with_something_else_in_it_is_refused(
+    tokenizer_dir: Path, sources: str, s3: str
+) -> None:
+    upload(str(tokenizer_dir), "taken", s3)
+    before = names("taken", s3)
+    with pytest.raises(StorageError, match=r"^s3://texts/taken exists and is not empty: it holds"):
+        write_blocks([sources], tokenizer_dir, 64, uri("taken", s3))
+    assert names("taken", s3) == before
 
 
 def test_two_that_write_one_prefix_do_not_mix(

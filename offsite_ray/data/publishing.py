@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,12 +13,23 @@ import pyarrow as pa
 
 from offsite_ray.bundle import atomic_directory
 from offsite_ray.errors import StorageError
-from offsite_ray.storage import DATA_MANIFEST, Place, reason, write_small
+from offsite_ray.storage import (
+    DATA_MANIFEST,
+    Place,
+    entries_of,
+    make_directory,
+    reason,
+    write_small,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from offsite_ray.data.manifest import DataManifest
+
+
+_OWN = re.compile(r"[0-9a-f]{8}")
+"""Name of what a run that was killed has left."""
 
 
 class Publication(ABC):
@@ -90,11 +102,18 @@ class _Prefix(Publication):
     def check_free(self) -> None:
         if self._manifest.is_file():
             raise StorageError(f"{self._place.name} holds prepared data; choose another --out")
+        # A manifest among the files of a model would hide them.
+        foreign = [name for name in entries_of(self._place) if not _OWN.fullmatch(name)]
+        if foreign:
+            raise StorageError(
+                f"{self._place.name} exists and is not empty: it holds {min(foreign)!r}; choose "
+                "another --out"
+            )
 
     def folder(self, run: str) -> Place:
         self._prefix = run[:8]
         self._folder = self._place.below(self._prefix)
-        self._folder.filesystem.create_dir(self._folder.path, recursive=True)
+        make_directory(self._folder)
         return self._folder
 
     def publish(self, manifest: DataManifest) -> None:

@@ -11,14 +11,12 @@ import json
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from offsite_ray.adapter import AdapterBundle, open_adapter
 from offsite_ray.architectures import DTYPES, load_model, load_tokenizer
-from offsite_ray.bundle import check_parent
 from offsite_ray.data import read_documents, tokenizer_digest
 from offsite_ray.emulator import (
     EmulatorBundle,
@@ -28,7 +26,7 @@ from offsite_ray.emulator import (
     open_bundle,
     open_full_model,
 )
-from offsite_ray.errors import DataError, PlugInError, StorageError
+from offsite_ray.errors import DataError, PlugInError
 from offsite_ray.evaluation.gaps import compare
 from offsite_ray.evaluation.perplexity import EncodedDocument, context_length, encode, perplexity
 from offsite_ray.evaluation.task_loading import LoadedTasks, load_tasks
@@ -36,12 +34,13 @@ from offsite_ray.evaluation.tasks import run_tasks
 from offsite_ray.finetuning.host import Host, host_of_bundle, host_of_full_model
 from offsite_ray.plug_in import applied
 from offsite_ray.results import SETTINGS, EvaluationResult, SettingResult, to_plain
-from offsite_ray.storage import replaced
+from offsite_ray.storage import check_replaceable, check_replaceable_files, replaced
 from offsite_ray.training.devices import give_back
-from offsite_ray.uris import is_uri, without_secrets
+from offsite_ray.uris import without_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
+    from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.configuration_utils import PretrainedConfig
@@ -131,14 +130,10 @@ def evaluate(
 
 def _check_outputs(config: EvaluateConfig) -> None:
     """Refuse what cannot be written to, before anything is measured."""
-    names = (config.out, config.report)
-    out, report = (Path(n) if n is not None and not is_uri(n) else None for n in names)
-    if out is not None and out.is_dir():
-        raise StorageError(f"--out {out} is a directory; give the name of a file")
-    if report is not None and report.exists() and not report.is_dir():
-        raise StorageError(f"--report {report} is no directory; give the name of one")
-    for path in filter(None, (out, report)):
-        check_parent(path)
+    if config.out is not None:
+        check_replaceable(config.out)
+    if config.report is not None:
+        check_replaceable_files(config.report)
 
 
 def open_artefacts(config: EvaluateConfig) -> Artefacts:

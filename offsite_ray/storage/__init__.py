@@ -9,21 +9,27 @@ from offsite_ray.storage.fetching import fetched, found_by_all, model_at, own_fo
 from offsite_ray.storage.listing import DATA_MANIFEST
 from offsite_ray.storage.places import Place, place_of, reason
 from offsite_ray.storage.publishing import (
+    check_replaceable,
+    check_replaceable_files,
     check_untaken,
     is_published,
     published,
     replaced,
     replaced_files,
 )
-from offsite_ray.storage.transfer import retried, write_small
+from offsite_ray.storage.transfer import entries_of, make_directory, retried, write_small
 
 __all__ = [
     "DATA_MANIFEST",
     "Place",
+    "check_replaceable",
+    "check_replaceable_files",
     "check_untaken",
+    "entries_of",
     "fetched",
     "found_by_all",
     "is_published",
+    "make_directory",
     "model_at",
     "own_folder",
     "place_of",

@@ -19,6 +19,7 @@ from offsite_ray.bundle.atomic import (
     atomic_directory,
     atomic_file,
     check_free,
+    check_parent,
     sibling_directory,
     storage_errors,
 )
@@ -27,9 +28,13 @@ from offsite_ray.bundle.manifest import MANIFEST
 from offsite_ray.errors import StorageError
 from offsite_ray.storage.fetching import fetched, own_folder, store_of
 from offsite_ray.storage.listing import LAST, MOST_BYTES, UPLOAD, read_begun
+from offsite_ray.storage.places import place_of
 from offsite_ray.storage.transfer import (
+    PROBE,
+    check_writable,
     entries_of,
     in_parallel,
+    make_directory,
     read_small,
     remove,
     retried,
@@ -67,7 +72,37 @@ def check_untaken(out: str | Path) -> None:
         check_free(fetched(out))
     else:
         _left(store)
-        _make_directory(store)
+        check_writable(store)
+
+
+def check_replaceable(out: str | Path) -> None:
+    """Refuse what :func:`replaced` could not write, before any work is done for it.
+
+    Raises:
+        StorageError: It is a directory, or nothing can be written beside it.
+    """
+    place = place_of(str(out))
+    if retried(place.is_directory, place):
+        raise StorageError(f"--out {place.name} is a directory; give the name of a file")
+    if place.is_local:
+        check_parent(fetched(out))
+    else:
+        check_writable(place.beside(""))
+
+
+def check_replaceable_files(out: str | Path) -> None:
+    """Refuse what :func:`replaced_files` could not write, before any work is done for it.
+
+    Raises:
+        StorageError: It is a file, or nothing can be written there.
+    """
+    place = place_of(str(out))
+    if retried(place.is_file, place):
+        raise StorageError(f"--report {place.name} is no directory; give the name of one")
+    if place.is_local:
+        check_parent(fetched(out))
+    else:
+        check_writable(place)
 
 
 @contextlib.contextmanager
@@ -135,17 +170,12 @@ def _left(store: Place) -> list[str]:
         raise StorageError(
             f"{store.name} exists and is not empty; choose another --out or remove it"
         )
-    own = {UPLOAD, *begun.digests} if begun is not None else set()
+    own = {PROBE, UPLOAD, *(begun.digests if begun is not None else ())}
     if foreign := sorted(set(entries) - own):
         raise StorageError(
             f"{store.name} exists and is not empty: it holds {foreign[0]!r}; choose another --out"
         )
     return sorted(entries)
-
-
-def _make_directory(store: Place) -> None:
-    """Make a directory, which some stores need, and which none makes who may not write there."""
-    retried(lambda: store.filesystem.create_dir(store.path, recursive=True), store, "written")
 
 
 def _check_alone(store: Place, plan: bytes) -> None:
@@ -161,7 +191,7 @@ def _publish(folder: Path, store: Place) -> None:
     plan = json.dumps({"upload": secrets.token_hex(8), "last": last, "files": digests}).encode()
     for name in [name for name in _left(store) if name != UPLOAD]:
         remove(store.below(name))
-    _make_directory(store)
+    make_directory(store)
     write_small(store.below(UPLOAD), plan)
     in_parallel(
         lambda name: upload(folder / name, store.below(name)),

@@ -35,6 +35,9 @@ _PIECE_BYTES = 32 * 2**20
 _AT_ONCE = 4
 """Files on their way at a time, each with two pieces in memory."""
 
+PROBE = ".offsite-probe"
+"""File by which is found out whether one may write; only a killed process leaves it."""
+
 _FINAL = (
     FileNotFoundError,
     IsADirectoryError,
@@ -143,6 +146,28 @@ def download(source: Place, target: Path, size: int) -> str:
                 raise StorageError(f"{source.name} was changed while it was read; try again")
             sink.write(piece)
         return sink.digest
+
+
+def make_directory(place: Place) -> None:
+    """Make a directory; prefixes of S3 and GCS are there as soon as something is below them.
+
+    To make one would write an object for each folder above it, which is denied to who may write
+    only below that prefix.
+    """
+    if place.filesystem.type_name not in ("s3", "gcs"):
+        retried(lambda: place.filesystem.create_dir(place.path, recursive=True), place, "written")
+
+
+def check_writable(folder: Place) -> None:
+    """Write a file to a directory or prefix and remove it again, before work is done for it.
+
+    Raises:
+        StorageError: The store refuses.
+    """
+    make_directory(folder)
+    probe = folder.below(PROBE)
+    write_small(probe, b"")
+    remove(probe)
 
 
 def upload(source: Path, target: Place) -> None:

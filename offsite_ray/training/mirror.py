@@ -16,6 +16,7 @@ from offsite_ray.storage.transfer import (
     entries_of,
     in_parallel,
     infos_of,
+    make_directory,
     read_small,
     remove,
     retried,
@@ -63,8 +64,7 @@ class Mirror:
 
     def begin(self) -> None:
         """Write to it; raise :class:`StorageError` where that cannot be."""
-        filesystem, path = self.place.filesystem, self.place.path
-        retried(lambda: filesystem.create_dir(path, recursive=True), self.place, "written")
+        make_directory(self.place)
         write_small(self.place.below(_BEGUN), b"")
 
     def names(self) -> list[str]:
@@ -82,9 +82,7 @@ class Mirror:
             StorageError: It could not be written.
         """
         target = self.place.below(checkpoint.name)
-        retried(
-            lambda: target.filesystem.create_dir(target.path, recursive=True), target, "written"
-        )
+        make_directory(target)
         files = [path for path in checkpoint.iterdir() if path.name != STATE]
         in_parallel(lambda path: upload(path, target.below(path.name)), files)
         upload(checkpoint / STATE, target.below(STATE))
