@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _held: dict[Path, int] = {}
 """Copies that this process reads, and the descriptors by which it holds them."""
+_IN_USE = ".in-use"
+"""File beside a copy by which it is held: between nodes, NFS locks files and no directories."""
 
 
 def fetched(name: str | Path, only: Collection[str] = ()) -> Path:
@@ -55,6 +57,9 @@ def fetched(name: str | Path, only: Collection[str] = ()) -> Path:
         copy = folder / _state(listing) / _last_part(store)
         if not copy.is_dir():
             _bring(listing, copy)
+            if _state(list_artefact(store, only)) != copy.parent.name:
+                shutil.rmtree(copy.parent, ignore_errors=True)
+                raise StorageError(f"{store.name} was changed while it was read; try again")
         _hold(copy)
         _forget_others(folder, copy)
     return copy
@@ -144,20 +149,20 @@ def _hold(copy: Path) -> None:
     """Keep a copy from being removed as long as this process lives."""
     if copy not in _held:
         with storage_errors(copy):
-            _held[copy] = os.open(copy, os.O_RDONLY)
+            _held[copy] = os.open(copy.with_name(_IN_USE), os.O_RDWR | os.O_CREAT, 0o600)
         with contextlib.suppress(OSError):  # no locks on this file system
             fcntl.flock(_held[copy], fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def _forget_others(folder: Path, copy: Path) -> None:
     """Remove copies of what was there before, unless somebody uses them."""
-    for other in folder.glob("*/*"):
-        if other == copy or other.parent == copy.parent:
+    for other in folder.iterdir():
+        if other == copy.parent or not other.is_dir():
             continue
         with contextlib.suppress(OSError):
-            descriptor = os.open(other, os.O_RDONLY)
+            descriptor = os.open(other / _IN_USE, os.O_RDWR | os.O_CREAT, 0o600)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(other.parent)
+                shutil.rmtree(other)
             finally:
                 os.close(descriptor)
