@@ -21,16 +21,7 @@ from offsite_ray.distillation import distill
 from offsite_ray.errors import IntegrityError, StorageError
 from offsite_ray.finetuning import finetune
 from offsite_ray.results import CheckpointRecord
-from offsite_ray.storage import (
-    check_replaceable,
-    check_replaceable_files,
-    check_untaken,
-    fetched,
-    fetching,
-    place_of,
-    published,
-    transfer,
-)
+from offsite_ray.storage import check_untaken, fetched, place_of, published, transfer
 from offsite_ray.storage.listing import UPLOAD
 from offsite_ray.training import run_here
 from tests.conftest import ROOT
@@ -41,7 +32,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from offsite_ray.storage import Place
     from tests.loops import Loop
 
 
@@ -175,22 +165,6 @@ def test_a_node_fetches_once_until_something_changes(store: Store, cache: Path) 
     assert first.exists()
 
 
-def test_what_changes_while_it_is_fetched_is_not_kept(
-    store: Store, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("config.json", "model.safetensors"):
-        store.write(f"moving/{name}", b"{}")
-
-    def slow(source: Place, target: Path, size: int) -> str:
-        store.write("moving/model.safetensors", b"longer")
-        return transfer.download(source, target, size)
-
-    monkeypatch.setattr(fetching, "download", slow)
-    with pytest.raises(StorageError, match=r"^s3://bucket/moving was changed while it was read"):
-        fetched(store.uri("moving"))
-    assert list(cache.glob("artefacts/*/*/moving")) == []
-
-
 def test_an_altered_object_is_refused(loop: Loop, store: Store) -> None:
     uri = store.upload(loop.bundle, "altered")
     content = bytearray((loop.bundle / "model.safetensors").read_bytes())
@@ -240,32 +214,6 @@ def test_what_is_there_is_never_overwritten(store: Store) -> None:
     with pytest.raises(StorageError, match=r"^s3://bucket/taken exists and is not empty"):
         publish(store.uri("taken"), config_json="[]")
     assert store.read("taken/config.json") == b"{}"
-
-
-def test_who_may_write_below_a_prefix_alone_publishes_there(store: Store) -> None:
-    def denied(method: str, path: str) -> bool:
-        return method in ("PUT", "POST") and not path.startswith("/bucket/team/mine/")
-
-    with store.fails(denied, FORBIDDEN):
-        check_untaken(store.uri("team/mine/model"))
-        assert store.names("team/mine/model") == []
-        publish(store.uri("team/mine/model"), config_json="{}")
-        with pytest.raises(StorageError, match=r"^s3://bucket/team/others/x\S* cannot be written"):
-            check_untaken(store.uri("team/others/x"))
-
-
-def test_a_result_that_could_not_be_written_is_refused_before(store: Store) -> None:
-    store.write("results/a.json", b"{}")
-    check_replaceable(store.uri("results/a.json"))
-    check_replaceable_files(store.uri("results"))
-    assert store.names("results") == ["a.json"]
-    with pytest.raises(StorageError, match="--out s3://bucket/results is a directory"):
-        check_replaceable(store.uri("results"))
-    with pytest.raises(StorageError, match=r"--report s3://bucket/results/a\.json is no directory"):
-        check_replaceable_files(store.uri("results/a.json"))
-    for check in (check_replaceable, check_replaceable_files):
-        with pytest.raises(StorageError, match=r"^s3://nothere/\S* cannot be written"):
-            check(store.uri("x/y").replace("@bucket", "@nothere"))
 
 
 @pytest.mark.slow
