@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 from pyarrow.fs import AzureFileSystem, S3FileSystem
 
-from offsite_ray.errors import StorageError
+from offsite_ray.errors import ConfigError, StorageError
+from offsite_ray.evaluation.task_loading import load_tasks
+from offsite_ray.runs.record import run_directory
 from offsite_ray.storage import Place, fetched, own_folder
 from offsite_ray.uris import scrubbed, shown
 
@@ -64,3 +66,10 @@ def test_what_a_uri_would_lose_is_refused() -> None:
     with pytest.raises(StorageError, match=r"^file:///tmp/a b is on no .* written as %20 and the"):
         fetched("file:///tmp/a b")
     assert str(fetched("file:///tmp/a%20%23b")) == "/tmp/a #b"
+
+
+def test_what_takes_a_path_alone_repeats_no_key() -> None:
+    with pytest.raises(StorageError, match=r"not s3://bucket/runs: logs"):
+        run_directory("s3://KEY:SECRET@bucket/runs", "one")
+    with pytest.raises(ConfigError, match=r"^--task-path s3://bucket/tasks must be a path"):
+        load_tasks(["mine"], task_path=["s3://KEY:SECRET@bucket/tasks"])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from offsite_ray.errors import ConfigError, DataError, StorageError, did_you_mean, first_line
 from offsite_ray.evaluation.task_data import FEWSHOT, parse_task_data, task_rows
-from offsite_ray.uris import is_uri
+from offsite_ray.uris import is_uri, refuse_uri
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -65,6 +65,8 @@ def load_tasks(
     from lm_eval.tasks import TaskManager
 
     files = parse_task_data(task_data)
+    for path in task_path:
+        refuse_uri("--task-path", path)
     configs = _own_configs(task_path)
     wanted = [name for requested in names for name in _members(requested, configs)]
     configs |= {name: config for name in wanted if (config := _stock_config(name, configs))}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from offsite_ray.errors import StorageError, unknown_name
 from offsite_ray.results import to_plain
-from offsite_ray.uris import is_uri
+from offsite_ray.uris import is_uri, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -130,8 +130,8 @@ def run_directory(runs: str, name: str) -> Path:
     """
     if is_uri(runs):
         raise StorageError(
-            f"the directory of runs must be a path that every node sees, not {runs!r}: logs are "
-            "appended to, which object stores cannot; give a shared file system"
+            f"the directory of runs must be a path that every node sees, not {shown(runs)}: logs "
+            "are appended to, which object stores cannot; give a shared file system"
         )
     return Path(runs) / name
 

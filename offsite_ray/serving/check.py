@@ -24,6 +24,7 @@ def check_servable(config: ApplicationConfig) -> None:
     from pathlib import Path
 
     refuse_uri("--state", config.state)
+    refuse_uri("--admin-key-file", config.admin_key_file)
     full = open_full_model(config.model)
     registry = Path(config.state) / "registry.sqlite"
     check_parent(registry)
