@@ -25,7 +25,6 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         yield running
 
 
-@pytest.mark.long
 def test_a_node_is_killed_while_it_trains(lab: Lab) -> None:
     outcome = distilling.worker_killed(lab)
     print(outcome)

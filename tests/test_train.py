@@ -118,10 +118,10 @@ def here(loop: Loop, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Di
     ("workers", "stage", "micro", "offload"),
     [
         (1, 0, None, "none"),
-        (2, 0, 1, "none"),
+        pytest.param(2, 0, 1, "none", marks=pytest.mark.long),
         (2, 1, None, "optimizer"),
         (2, 2, 1, "none"),
-        (2, 3, None, "none"),
+        pytest.param(2, 3, None, "none", marks=pytest.mark.long),
         (2, 3, None, "all"),
     ],
 )
