@@ -94,7 +94,7 @@ DRILLS = (
     Drill(
         name="serve, node cut off",
         done="the cable of one of two nodes with an engine is pulled for 20 s",
-        whole=f"{_SERVES}, that of the node too; counted from the cut",
+        whole=f"{_SERVES}, that of the node too; counted from when the cable is back",
         run=serving.cut_off,
         plan=_SERVING,
     ),
