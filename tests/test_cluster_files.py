@@ -25,7 +25,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from offsite_ray.cli.arguments import parse
 from offsite_ray.cli.verbs import VERBS
-from offsite_ray.serving.app import config_of
+from offsite_ray.serving.app import build, config_of
 from tests.conftest import ROOT
 from tests.test_cluster_manifests import (
     CLUSTER,
@@ -157,7 +157,6 @@ def test_the_service_is_that_of_serve() -> None:
     (worker,) = group["template"]["spec"]["containers"]
     assert group["minReplicas"] * gpus(worker) >= config.min_replicas * config.num_gpus
     assert gpus_of_workers(cluster) > config.max_replicas * config.num_gpus
-    assert float(worker["resources"]["limits"]["cpu"]) > config.num_cpus
     on_head = {mount["mountPath"] for mount in head["volumeMounts"]}
     assert {config.state, config.admin_key_file, str(Path(config.model).parent)} <= on_head
     assert [m["mountPath"] for m in worker["volumeMounts"]] == [str(Path(config.model).parent)]
@@ -165,6 +164,14 @@ def test_the_service_is_that_of_serve() -> None:
     redis = of_kind("Service", KUBERAY / "model-owner" / "redis.yaml")
     address = f"{redis['metadata']['name']}:{redis['spec']['ports'][0]['port']}"
     assert cluster["gcsFaultToleranceOptions"]["redisAddress"] == address
+    # Where the head has no CPU, what takes one is on a worker, and outlives the head.
+    (ingress,) = (d for d in application.deployments if d.name == "Ingress")
+    built = build(application.args)
+    assert built._bound_deployment.name == ingress.name
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert ingress.ray_actor_options.num_cpus > 0
+    taken = config.num_cpus + ingress.ray_actor_options.num_cpus
+    assert float(worker["resources"]["limits"]["cpu"]) > taken
     # Two heads would wait for one disk, and for each other.
     assert service["spec"]["upgradeStrategy"] == {"type": "None"}
 
