@@ -172,8 +172,13 @@ def _text(answer: requests.Response, *, stream: bool) -> str:
 
 
 @contextlib.contextmanager
-def _served(lab: Lab) -> Iterator[Service]:
-    """Serve a tiny model with a tenant on two workers, until the block ends."""
+def _served(lab: Lab, ingress_cpus: float = 0) -> Iterator[Service]:
+    """Serve a tiny model with a tenant on two workers, until the block ends.
+
+    Args:
+        lab: Where.
+        ingress_cpus: That the ingress takes; with some of them it is on no head, which has none.
+    """
     folder = lab.folder / "served"
     if not folder.exists():
         make_served(folder)
@@ -190,6 +195,8 @@ def _served(lab: Lab) -> Iterator[Service]:
         "state": str(state), "num_cpus": 1, "max_queue": 32,
         "min_replicas": _ENGINES, "max_replicas": _ENGINES,
     }  # fmt: skip
+    actor = {"num_cpus": ingress_cpus}
+    application["deployments"] = [{"name": "Ingress", "ray_actor_options": actor}]
     file = lab.folder / "serve.yaml"
     file.write_text(yaml.safe_dump(plain))
     subprocess.run(
@@ -270,7 +277,8 @@ def cut_off(lab: Lab) -> Outcome:
 
 def head_killed(lab: Lab) -> Outcome:
     """Kill -9 every process of the head under load, and start it again after ten seconds."""
-    with _served(lab) as service, service.load():
+    # As serve/gpu.yaml has it; it is on the third worker, where no engine is.
+    with _served(lab, ingress_cpus=0.5) as service, service.load():
         before = service.tenants()
         next(node for node in lab.head.started if node.is_running).kill()
         fault = time.monotonic()
