@@ -25,6 +25,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from offsite_ray.cli.arguments import parse
 from offsite_ray.cli.verbs import VERBS
+from offsite_ray.config import check_run_name
 from offsite_ray.serving.app import build, config_of
 from tests.conftest import ROOT
 from tests.test_cluster_manifests import (
@@ -93,8 +94,11 @@ def test_what_a_job_reads_and_writes_is_mounted(path: Path) -> None:
         {mount["mountPath"] for mount in template["spec"]["containers"][0]["volumeMounts"]}
         for template in (cluster["headGroupSpec"]["template"], *templates)
     ]
-    config = [word for word in words_of(job) if word.startswith("/etc/")]
-    written = [word for word in words_of(job) if word.startswith("/mnt/")]
+    words = words_of(job)
+    assert words[words.index("--runs") + 1] == "/mnt/storage/runs", "the record of the run"
+    check_run_name(words[words.index("--run") + 1], "--run")
+    config = [word for word in words if word.startswith("/etc/")]
+    written = [word for word in words if word.startswith("/mnt/")]
     assert written
     assert all("/mnt/storage" in mounts for mounts in mounted)
     assert all(word.startswith("/mnt/storage") for word in written)
@@ -126,7 +130,9 @@ def test_the_sweep_has_a_gpu_for_each_trial(tmp_path: Path) -> None:
     job = of_kind("RayJob", path)
     python, script, *words = (here(word, path, tmp_path) for word in words_of(job))
     assert (python, script) == ("python", str(ROOT / "jobs" / "sweep.py"))
-    config = parse(VERBS["sweep"], words, VERBS).config
+    asked = parse(VERBS["sweep"], words, VERBS)
+    config = asked.config
+    assert (asked.run, asked.runs) == ("opt-1.3b-sweep", "/mnt/storage/runs")
     (cluster,) = clusters(job)
     assert config.max_concurrent * config.num_gpus == gpus_of_workers(cluster)
     paths = (config.model, config.out, *config.public, *config.private, *config.text)
@@ -138,7 +144,9 @@ def test_the_data_owner_fine_tunes_on_one_gpu(tmp_path: Path) -> None:
     job = of_kind("RayJob", path)
     program, verb, *words = (here(word, path, tmp_path) for word in words_of(job))
     assert program in PYPROJECT["project"]["scripts"]
-    config = parse(VERBS[verb], words, VERBS).config
+    asked = parse(VERBS[verb], words, VERBS)
+    config = asked.config
+    assert (asked.run, asked.runs) == ("opt-6.7b-finetune", "/mnt/storage/runs")
     (cluster,) = clusters(job)
     (container,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
     assert (config.num_workers, config.resume, config.model) == (0, True, None)
