@@ -135,6 +135,9 @@ def test_the_sweep_has_a_gpu_for_each_trial(tmp_path: Path) -> None:
     assert (asked.run, asked.runs) == ("opt-1.3b-sweep", "/mnt/storage/runs")
     (cluster,) = clusters(job)
     assert config.max_concurrent * config.num_gpus == gpus_of_workers(cluster)
+    # What is there when it begins is what it has.
+    (group,) = cluster["workerGroupSpecs"]
+    assert group["replicas"] == group["minReplicas"] == group["maxReplicas"]
     paths = (config.model, config.out, *config.public, *config.private, *config.text)
     assert all(path.startswith("/mnt/storage/") for path in paths)
 

@@ -234,7 +234,8 @@ def test_nothing_is_to_be_said_of_a_manifest(
     assert [said for document in loaded for said in check(document)] == []
 
 
-HEAD = "rayClusterSpec.headGroupSpec.template.spec"
+SCALED_HEAD = "headGroupSpec.template.spec"
+HEAD = f"rayClusterSpec.{SCALED_HEAD}"
 WORKER = "rayClusterSpec.workerGroupSpecs.0"
 DAMAGE: tuple[tuple[Callable[[Document], Iterator[str]], str, Any], ...] = (
     (misfits, "entryPoint", "python x.py"),
@@ -246,14 +247,15 @@ DAMAGE: tuple[tuple[Callable[[Document], Iterator[str]], str, Any], ...] = (
     (unequal_resources, f"{HEAD}.containers.0.resources.requests.cpu", "1"),
     (unequal_resources, f"{HEAD}.containers.0.resources.limits", None),
     (unequal_resources, "submitterPodTemplate.spec.containers.0.resources", None),
-    (unequal_resources, "rayClusterSpec.autoscalerOptions.resources", None),
+    (unequal_resources, "autoscalerOptions.resources", None),
     (unconfined, f"{HEAD}.securityContext.runAsNonRoot", False),
     (unconfined, f"{HEAD}.securityContext.runAsUser", 0),
     (unconfined, f"{HEAD}.containers.0.securityContext.capabilities", None),
     (unconfined, f"{HEAD}.hostNetwork", True),
-    (unconfined, f"{HEAD}.automountServiceAccountToken", False),
+    (unconfined, f"{HEAD}.automountServiceAccountToken", None),
+    (unconfined, f"{SCALED_HEAD}.automountServiceAccountToken", False),
     (unconfined, f"{WORKER}.template.spec.automountServiceAccountToken", None),
-    (unconfined, "rayClusterSpec.autoscalerOptions.securityContext", None),
+    (unconfined, "autoscalerOptions.securityContext", None),
     (secret_values, f"{HEAD}.containers.0.env.0", {"name": "RAY_AUTH_TOKEN", "value": "x"}),
     (secret_values, "runtimeEnvYAML", "env_vars: {X: 8f14e45fceea167a5a36dedd4bea2543}"),
     (open_clusters, "rayClusterSpec.authOptions.mode", "disabled"),
@@ -273,17 +275,19 @@ DAMAGE: tuple[tuple[Callable[[Document], Iterator[str]], str, Any], ...] = (
 def test_a_damaged_manifest_is_told(
     check: Callable[[Document], Iterator[str]], place: str, value: Any
 ) -> None:
-    job = of_kind("RayJob", KUBERAY / "model-owner" / "sweep.yaml")
-    assert not list(check(job))
+    scaled = place.startswith((SCALED_HEAD, "autoscalerOptions"))
+    kind, name = ("RayCluster", "ray-cluster") if scaled else ("RayJob", "sweep")
+    document = of_kind(kind, KUBERAY / "model-owner" / f"{name}.yaml")
+    assert not list(check(document))
     *path, last = (int(word) if word.isdigit() else word for word in ["spec", *place.split(".")])
-    node: Any = job
+    node: Any = document
     for step in path:
         node = node[step]
     if value is None:
         del node[last]
     else:
         node[last] = value
-    assert list(check(job))
+    assert list(check(document))
 
 
 @pytest.mark.parametrize("name", PARTIES)
