@@ -93,7 +93,8 @@ def _by_job(config: DoctorConfig, address: str, notice: Callable[[str], None]) -
         ended_well(ended)
         raise ClusterError(f"{ended.job} has told nothing; its log is in the dashboard, {address}")
     there, *nodes = map(facts_from_plain, told["facts"])
-    opened = there.open_dashboard or asked_without_token(address)
+    seen = {there.open_dashboard, asked_without_token(address)} - {None}
+    opened = any(seen) if seen else None
     return [replace(there, versions=versions(), open_dashboard=opened), *nodes]
 
 

@@ -82,8 +82,11 @@ def measure(
     """
     tried = _started(partial(try_storage, storage, marker)) if storage else None
     extension, num_torch_gpus, problem = _torch()
-    folders = [extension.file] if extension else []
+    folders = [tempfile.gettempdir(), *([extension.file] if extension else [])]
     memory, free_memory = _memory()
+    told = tried(timeout) if tried else None
+    if storage and told and not is_uri(storage):  # of one that hangs nothing is asked here
+        folders.append(storage)
     return Facts(
         node=node,
         problem=problem,
@@ -93,8 +96,8 @@ def measure(
         free_memory_bytes=free_memory,
         gpus=_gpus(),
         num_torch_gpus=num_torch_gpus,
-        disks=_disks(ray_folder, [tempfile.gettempdir(), *folders, *_local(storage)]),
-        storage=tried and (tried(timeout) or Storage(problem=f"no answer within {timeout:g} s")),
+        disks=_disks(ray_folder, folders),
+        storage=tried and (told or Storage(problem=f"no answer within {timeout:g} s")),
         extension=extension,
         auth_mode=os.environ.get("RAY_AUTH_MODE"),
     )
@@ -253,10 +256,6 @@ def _numbers(file: Path, unit: int = 1) -> dict[str, int]:
     except OSError:
         return {}
     return {words[0]: int(words[1]) * unit for words in lines if len(words) > 1}
-
-
-def _local(storage: str | None) -> list[str]:
-    return [] if storage is None or is_uri(storage) else [storage]
 
 
 def _disks(ray_folder: str | None, folders: Sequence[str]) -> tuple[Disk, ...]:

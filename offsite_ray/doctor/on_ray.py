@@ -33,7 +33,7 @@ def examine_ray(storage: str | None, timeout: float) -> tuple[Facts, ...]:
         timeout: Seconds after which a node that has not answered counts as silent.
 
     Returns:
-        What is known here (:data:`~offsite_ray.doctor.checks.HERE`), then a node each.
+        What is known here, then a node each.
 
     Raises:
         ClusterError: No Ray answers.
@@ -96,8 +96,12 @@ def _measured(
         node["NodeID"]: Facts(node=names[node["NodeID"]], problem=f"no answer within {timeout:g} s")
         for node in nodes
     }
-    while waiting and (left := until - time.monotonic()) > 0:
+    while waiting:
+        # At least once more when the time is up: one may have taken it that is silent by now.
+        left = max(0.0, until - time.monotonic())
         done, _ = ray.wait(list(waiting), num_returns=1, timeout=left)
+        if not done:
+            break
         for answer in done:
             node = waiting.pop(answer)
             try:
