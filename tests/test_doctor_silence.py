@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import http.server
 import shutil
 import sys
 import threading
@@ -16,7 +17,7 @@ import ray
 
 from offsite_ray.cli import doctoring
 from offsite_ray.config import DoctorConfig
-from offsite_ray.doctor import measure, on_ray
+from offsite_ray.doctor import asked_without_token, measure, on_ray
 from offsite_ray.doctor.facts import Storage
 from offsite_ray.results import to_plain
 from tests.test_doctor import HERE, WELL
@@ -73,6 +74,25 @@ def test_a_node_that_falls_silent_makes_no_other_silent(monkeypatch: pytest.Monk
         ("a", None, None),
         ("b", None, None),
     ]
+
+
+def test_a_login_page_is_no_dashboard() -> None:
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/login":
+                self.send_response(200)
+            else:
+                self.send_response(302)
+                self.send_header("Location", "/login")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert asked_without_token(f"http://127.0.0.1:{server.server_port}") is None
+        server.shutdown()
 
 
 @pytest.mark.parametrize(

@@ -123,9 +123,10 @@ def clock_time() -> float:
 
 def asked_without_token(dashboard: str) -> bool | None:
     """Return whether a dashboard tells its jobs to who has no token; None: nobody answers."""
+    jobs = f"{dashboard.rstrip('/')}/api/jobs/"
     try:
-        with urllib.request.urlopen(f"{dashboard.rstrip('/')}/api/jobs/", timeout=_ANSWER_S):
-            return True
+        with urllib.request.urlopen(jobs, timeout=_ANSWER_S) as answer:
+            return True if answer.url == jobs else None  # else a proxy sends us to its login
     except urllib.error.HTTPError as error:
         return False if error.code in (401, 403) else None
     except OSError:
