@@ -22,7 +22,7 @@ from offsite_ray.cli.arguments import parse
 from offsite_ray.cli.verbs import VERBS
 from offsite_ray.config import InspectConfig
 from offsite_ray.errors import ConfigError, StorageError, TrainingError
-from offsite_ray.runs import Recorder, RunRecord, read_run, recorded, recording
+from offsite_ray.runs import Recorder, RunRecord, list_runs, read_run, recorded, recording
 from offsite_ray.runs.record import LOST_S, Attempt, utc_now
 
 if TYPE_CHECKING:
@@ -296,6 +296,15 @@ def test_a_table_shows_paths_as_they_are(
         recorder.result({"out": out})
     assert main(["runs", "--runs", str(tmp_path)]) == 0
     assert out in capsys.readouterr().out
+
+
+def test_a_damaged_record_hides_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with recorded(str(tmp_path), "good", "inspect", CONFIG):
+        pass
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "run.json").write_text("{")
+    assert [run.name for run in list_runs(str(tmp_path))] == ["good"]
+    assert "bad/run.json is no record of a run" in caplog.text
 
 
 def test_a_record_of_something_else_is_refused(tmp_path: Path) -> None:

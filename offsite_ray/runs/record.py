@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +16,8 @@ from offsite_ray.uris import is_uri, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+_LOG = logging.getLogger(__name__)
 
 RECORD = "run.json"
 RECIPE = "recipe.yaml"
@@ -172,9 +175,19 @@ def list_runs(runs: str, name: str | None = None) -> list[RunRecord]:
     if name is not None:
         if root / name not in folders:
             raise StorageError(unknown_name("run", name, [path.name for path in folders]))
-        folders = [root / name]
-    found = filter(None, map(read_run, folders))
-    return sorted(found, key=lambda run: run.attempts[-1].started)
+        found = [read_run(root / name)]
+    else:
+        found = [_read_or_warn(folder) for folder in folders]
+    return sorted(filter(None, found), key=lambda run: run.attempts[-1].started)
+
+
+def _read_or_warn(directory: Path) -> RunRecord | None:
+    """Read a record of many: one that is damaged hides no other."""
+    try:
+        return read_run(directory)
+    except StorageError as error:
+        _LOG.warning("%s", error)
+        return None
 
 
 def _total(hours: Iterable[float | None]) -> float | None:
