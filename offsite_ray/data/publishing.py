@@ -15,7 +15,9 @@ from offsite_ray.bundle import atomic_directory
 from offsite_ray.errors import StorageError
 from offsite_ray.storage import (
     DATA_MANIFEST,
+    PROBE,
     Place,
+    check_writable,
     entries_of,
     make_directory,
     reason,
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
     from offsite_ray.data.manifest import DataManifest
 
 
-_OWN = re.compile(r"[0-9a-f]{8}")
-"""Name of what a run that was killed has left."""
+_OWN = re.compile(rf"[0-9a-f]{{8}}|{re.escape(PROBE)}")
+"""Names of what a run that was killed has left."""
 
 
 class Publication(ABC):
@@ -62,6 +64,7 @@ def publishing(target: Place) -> Iterator[Publication]:
     publication = _Prefix(target)
     try:
         publication.check_free()
+        check_writable(target)
         try:
             yield publication
         except BaseException:

@@ -17,14 +17,23 @@ from offsite_ray.storage.publishing import (
     replaced,
     replaced_files,
 )
-from offsite_ray.storage.transfer import entries_of, make_directory, retried, write_small
+from offsite_ray.storage.transfer import (
+    PROBE,
+    check_writable,
+    entries_of,
+    make_directory,
+    retried,
+    write_small,
+)
 
 __all__ = [
     "DATA_MANIFEST",
+    "PROBE",
     "Place",
     "check_replaceable",
     "check_replaceable_files",
     "check_untaken",
+    "check_writable",
     "entries_of",
     "fetched",
     "found_by_all",

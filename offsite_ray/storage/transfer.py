@@ -7,6 +7,7 @@ import errno
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import pyarrow as pa
@@ -165,7 +166,7 @@ def check_writable(folder: Place) -> None:
         StorageError: The store refuses.
     """
     make_directory(folder)
-    probe = folder.below(PROBE)
+    probe = replace(folder.below(PROBE), name=folder.name)
     write_small(probe, b"")
     remove(probe)
 
