@@ -180,9 +180,9 @@ def test_the_service_is_that_of_serve() -> None:
     built = build(application.args)
     assert built._bound_deployment.name == ingress.name
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
-    assert ingress.ray_actor_options.num_cpus > 0
-    taken = config.num_cpus + ingress.ray_actor_options.num_cpus
-    assert float(worker["resources"]["limits"]["cpu"]) > taken
+    num_cpus = ingress.ray_actor_options.num_cpus
+    assert num_cpus
+    assert float(worker["resources"]["limits"]["cpu"]) > config.num_cpus + num_cpus
     # Two heads would wait for one disk, and for each other.
     assert service["spec"]["upgradeStrategy"] == {"type": "None"}
 
