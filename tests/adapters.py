@@ -43,10 +43,10 @@ def make_adapter(
     row = finetuning_method(method)
     model = load_model(bundle_dir)
     model.requires_grad_(False)
-    row.prepare(model, bundle.arch, tuple(host.positions.values()), config)
-    state = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
+        torch.manual_seed(1)  # LoRA and bottlenecks begin at random too
+        row.prepare(model, bundle.arch, tuple(host.positions.values()), config)
+        state = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
         for tensor in state.values():
             tensor.add_((noise * torch.randn(tensor.shape)).to(tensor.dtype))
     write_adapter(

@@ -54,7 +54,7 @@ def test_a_replica_that_is_killed_costs_no_request_that_was_not_streaming(two: D
 
 def test_a_stream_that_is_cut_off_says_so(two: Deployed) -> None:
     client = openai.OpenAI(base_url=f"{two.url}/v1", api_key=two.keys["admin"], max_retries=0)
-    wish: dict[str, Any] = {"model": "lora", "prompt": "a", "max_tokens": 1000, "temperature": 0}
+    wish: dict[str, Any] = {"model": "full", "prompt": "a", "max_tokens": 1000, "temperature": 0}
     victims = two.replicas()  # found before: a stream does not last for long
     streams = [iter(client.completions.create(**wish, stream=True)) for _ in range(6)]
     for stream in streams:
@@ -71,7 +71,7 @@ def test_a_stream_that_is_cut_off_says_so(two: Deployed) -> None:
     assert cut
     assert {*said} - {*cut} <= {"stop", "length"}
     eventually(lambda: len(two.replicas()) == 2, 60)
-    assert two.complete("lora", PROMPT)["choices"][0]["text"]
+    assert two.complete("full", PROMPT)["choices"][0]["text"]
 
 
 def test_the_health_is_that_of_the_engines(two: Deployed) -> None:

@@ -102,7 +102,8 @@ def test_a_refusal_holds_for_a_moment_and_for_its_tenant_alone(
         ends = [[piece.finish for piece in await one][-1] for one in crowd]
         assert sorted(map(str, ends)) == ["busy", "length"]
         assert first.done.wait(30)
-        # Where an answer has ended, there is a place again.
+        # Where an answer has ended, there is a place again: after the step that ended it.
+        await until(lambda: engine.num_running == 0)
         assert await engines.complete(wish(BASE))
 
     try:
