@@ -13,7 +13,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offsite_ray.cli.output import Outcome
@@ -23,6 +22,7 @@ from offsite_ray.uris import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from offsite_ray.config import ServeConfig
 
@@ -57,7 +57,7 @@ def serve(config: ServeConfig, notice: Callable[[str], None]) -> Outcome:
     except BaseException:
         stack.close()
         raise
-    key_file = Path(config.admin_key_file or Path(config.state) / "admin.key")
+    key_file = config.admin_key_path()
     plain: dict[str, Any] = {
         "url": url,
         "models": _models(url, key_file),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from offsite_ray.config.ranges import check_least
 from offsite_ray.errors import ConfigError
 
 
@@ -44,11 +45,8 @@ class CompressConfig:
 
     def __post_init__(self) -> None:
         """Check ranges; raise :class:`ConfigError`."""
-        for name in ("calibration_sequences", "harmonizer_rank", "harmonizer_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.calibration_seq_len is not None and self.calibration_seq_len < 2:
-            raise ConfigError(f"calibration_seq_len={self.calibration_seq_len} must be at least 2")
+        check_least(self, 1, "calibration_sequences", "harmonizer_rank", "harmonizer_steps")
+        check_least(self, 2, "calibration_seq_len")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

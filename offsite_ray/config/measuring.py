@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from offsite_ray.config.ranges import check_least
 from offsite_ray.config.training import OFFLOAD_STAGES, ComputeDtype, Offload
 from offsite_ray.errors import ConfigError
 
@@ -57,10 +58,8 @@ class EvaluateConfig:
             raise ConfigError("--task-data and --task-path need the --tasks that they are for")
         if self.adapter is not None and self.bundle is None:
             raise ConfigError("--adapter needs the --bundle that it was trained against")
-        for name, least in (("batch_size", 1), ("task_limit", 1), ("num_fewshot", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name}={value} must be at least {least}")
+        check_least(self, 1, "batch_size", "task_limit")
+        check_least(self, 0, "num_fewshot")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,10 +119,8 @@ class EstimateConfig:
 
     def __post_init__(self) -> None:
         """Check ranges; raise :class:`ConfigError`."""
-        for name in ("gpus", "batch_size", "micro_batch_size", "rank", "tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value} must be at least 1")
+        check_least(self, 1, "gpus", "batch_size", "micro_batch_size", "rank", "tokens")
+        check_least(self, 2, "seq_len")
         for name in ("gpu_memory_gib", "peak_tflops"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -132,8 +129,6 @@ class EstimateConfig:
             raise ConfigError(f"utilisation={self.utilisation} must be above 0 and at most 1")
         if not 0 <= self.headroom < 1:
             raise ConfigError(f"headroom={self.headroom} must be at least 0 and below 1")
-        if self.seq_len < 2:
-            raise ConfigError(f"seq_len={self.seq_len} must be at least 2")
         if self.zero_stage not in range(4):
             raise ConfigError(f"zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
         if self.zero_stage < OFFLOAD_STAGES[self.offload]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from offsite_ray.config.ranges import check_least, check_positive
@@ -100,6 +101,10 @@ class ApplicationConfig(Limits):
                 raise ConfigError(
                     f"{self.full_model_name!r} is both the full model and an adapter; rename one"
                 )
+
+    def admin_key_path(self) -> Path:
+        """Return where the administrator's key is written."""
+        return Path(self.admin_key_file or Path(self.state) / "admin.key")
 
     def adapters(self) -> dict[str, str]:
         """Return the adapter bundles of the start by name of their model.

@@ -8,6 +8,7 @@ from collections.abc import Mapping  # noqa: TC003  # the flags are read from th
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from offsite_ray.config.ranges import check_least
 from offsite_ray.config.training import ComputeDtype  # noqa: TC001  # as above
 from offsite_ray.errors import ConfigError, unknown_name
 
@@ -100,21 +101,9 @@ class SweepConfig:
                 raise ConfigError(unknown_name("objective", objective, OBJECTIVES))
         if not self.objectives:
             raise ConfigError(f"objectives is empty; name some of {', '.join(OBJECTIVES)}")
-        for name, least in (
-            ("seeds", 1),
-            ("num_points", 1),
-            ("batch_size", 1),
-            ("grace_steps", 1),
-            ("task_limit", 1),
-            ("seq_len", 2),
-            ("reduction_factor", 2),
-            ("seed", 0),
-            ("retries", 0),
-            ("max_concurrent", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name}={value} must be at least {least}")
+        check_least(self, 1, "seeds", "num_points", "batch_size", "grace_steps", "task_limit")
+        check_least(self, 2, "seq_len", "reduction_factor")
+        check_least(self, 0, "seed", "retries", "max_concurrent")
         if not (math.isfinite(self.num_cpus) and self.num_cpus > 0):
             raise ConfigError(f"num_cpus={self.num_cpus} must be a positive number")
         if not (math.isfinite(self.num_gpus) and self.num_gpus >= 0):

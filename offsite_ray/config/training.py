@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from offsite_ray.config.ranges import check_least
 from offsite_ray.errors import ConfigError
 
 ComputeDtype = Literal["fp32", "bf16"]
@@ -83,20 +84,14 @@ class TrainingConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name}={value} must be a positive number")
-        counts = ("max_steps", "batch_size", "micro_batch_size", "eval_every", "checkpoint_every")
-        for name in counts:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value} must be at least 1")
-        for name in ("keep_best", "max_failures"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be 0 or more")
+        check_least(self, 1, "max_steps", "batch_size", "micro_batch_size")
+        check_least(self, 1, "eval_every", "checkpoint_every")
+        check_least(self, 0, "keep_best", "max_failures")
+        check_least(self, 2, "seq_len")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ConfigError(f"weight_decay={self.weight_decay} must be 0 or a positive number")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed} must be at least 0 and below 2**32")
-        if self.seq_len is not None and self.seq_len < 2:
-            raise ConfigError(f"seq_len={self.seq_len} must be at least 2")
         for name in ("warmup_fraction", "eval_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
@@ -194,7 +189,6 @@ class FinetuneConfig(TrainingConfig):
             raise ConfigError("give either --bundle (adapter blocks) or --model (the baseline)")
         if self.bundle is not None and self.blocks is not None:
             raise ConfigError(f"blocks={self.blocks!r} goes with --model: a bundle knows its own")
-        if self.rank < 1:
-            raise ConfigError(f"rank={self.rank} must be at least 1")
+        check_least(self, 1, "rank")
         if not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
             raise ConfigError(f"lora_alpha={self.lora_alpha} must be a positive number")

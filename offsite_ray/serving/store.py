@@ -62,7 +62,7 @@ class Store:
                 f"full_model_name={self._full_model_name!r} is the name of a tenant; choose another"
             )
         self._verifying = threading.Lock()
-        self._let_admin_in(Path(config.admin_key_file or root / "admin.key"))
+        self._let_admin_in(config.admin_key_path())
         for name, path in config.adapters().items():
             self._seed(name, path)
 
