@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tests.browser import Browser
     from tests.deployed import Deployed
     from tests.loops import Loop
+    from tests.stores import Store
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "180")
@@ -125,6 +126,22 @@ def dataset_cache(
     """Keep what datasets makes of local files out of the user's own cache."""
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return where a machine that has fetched nothing yet keeps what it fetches."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/offsite_ray"
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Store]:
+    """Give a file of tests an S3 server of this machine."""
+    from tests.stores import Store
+
+    with Store() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

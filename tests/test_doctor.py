@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
 import socket
 import subprocess
 import sys
-import threading
 import tomllib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -35,6 +33,7 @@ from offsite_ray.doctor.facts import Disk, Extension, Gpu, Storage
 from offsite_ray.doctor.measure import PACKAGES, gpus_of, marked, try_storage
 from offsite_ray.results import to_plain
 from offsite_ray.train.extension import missing_tools
+from tests.websites import website
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -327,18 +326,8 @@ def test_what_nvidia_smi_tells_is_read() -> None:
 
 
 def test_who_answers_without_a_token_is_found_out() -> None:
-    class Open(http.server.SimpleHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Open) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        assert asked_without_token(f"http://127.0.0.1:{server.server_port}/") is True
-        server.shutdown()
+    with website(lambda _: (200, {})) as url:
+        assert asked_without_token(f"{url}/") is True
     assert asked_without_token(f"http://127.0.0.1:{free_port()}") is None
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import http.server
 import shutil
 import sys
 import threading
@@ -21,6 +20,7 @@ from offsite_ray.doctor import asked_without_token, measure, on_ray
 from offsite_ray.doctor.facts import Storage
 from offsite_ray.results import to_plain
 from tests.test_doctor import HERE, WELL
+from tests.websites import Answer, website
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -77,22 +77,11 @@ def test_a_node_that_falls_silent_makes_no_other_silent(monkeypatch: pytest.Monk
 
 
 def test_a_login_page_is_no_dashboard() -> None:
-    class Proxy(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if self.path == "/login":
-                self.send_response(200)
-            else:
-                self.send_response(302)
-                self.send_header("Location", "/login")
-            self.end_headers()
+    def answer(path: str) -> Answer:
+        return (200, {}) if path == "/login" else (302, {"Location": "/login"})
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        assert asked_without_token(f"http://127.0.0.1:{server.server_port}") is None
-        server.shutdown()
+    with website(answer) as url:
+        assert asked_without_token(url) is None
 
 
 @pytest.mark.parametrize(

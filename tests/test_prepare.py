@@ -11,10 +11,10 @@ import subprocess
 import sys
 import time
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from moto.server import ThreadedMotoServer
 
 from offsite_ray.architectures import load_config
 from offsite_ray.cli import main
@@ -33,11 +33,11 @@ from offsite_ray.storage import DATA_MANIFEST
 from offsite_ray.training.sources import prepared_for
 from tests.conftest import ROOT
 from tests.killers import dying_in
+from tests.stores import SECRET, Store
 from tests.texts import columns_of, save_tokenizer, write_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
-    from pathlib import Path
+    from collections.abc import Generator
 
     from offsite_ray.data import PartWriter, PrepareResult, WrittenPart
     from tests.loops import Loop
@@ -225,69 +225,37 @@ def test_a_run_that_is_ended_leaves_nothing_under_its_name(
 # Object stores
 
 
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """Return what a URI of a bucket ends with, on an S3 server of this machine."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    options = f"endpoint_override={host}:{port}&scheme=http&region=us-east-1"
-    place = place_of(f"s3://key:secret@texts?{options}&allow_bucket_creation=true")
-    place.filesystem.create_dir("texts")
-    yield options
-    server.stop()
-
-
-def uri(path: str, options: str) -> str:
-    return f"s3://key:secret@texts/{path}?{options}"
-
-
-def upload(folder: str, path: str, options: str) -> None:
-    place = place_of(uri(path, options))
-    for file in sorted(os.listdir(folder)):
-        with (
-            open(os.path.join(folder, file), "rb") as content,
-            place.filesystem.open_output_stream(place.below(file).path) as stream,
-        ):
-            stream.write(content.read())
-
-
-def names(path: str, options: str) -> list[str]:
-    place = place_of(uri(path, options))
-    return [file.path.removeprefix(f"texts/{path}/") for file, _ in place.files()]
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_from_an_object_store_to_an_object_store(
-    tokenizer_dir: Path, sources: str, tmp_path: Path, s3: str, workers: int
+    tokenizer_dir: Path, sources: str, tmp_path: Path, store: Store, workers: int
 ) -> None:
     here = write_blocks([sources], tokenizer_dir, 64, tmp_path / "0")
-    upload(sources, f"from-{workers}", s3)
+    store.upload(Path(sources), f"from-{workers}")
     run = {"write_parts": on_ray(workers)} if workers else {}
-    out = uri(f"to-{workers}", s3)
-    result = write_blocks([uri(f"from-{workers}", s3)], tokenizer_dir, 64, out, **run)
+    out = store.uri(f"to-{workers}")
+    result = write_blocks([store.uri(f"from-{workers}")], tokenizer_dir, 64, out, **run)
     assert result.digest == here.digest
-    assert result.out == f"s3://texts/to-{workers}"
+    assert result.out == f"s3://bucket/to-{workers}"
     assert is_prepared(out)
-    with pytest.raises(StorageError, match=f"^s3://texts/to-{workers} holds prepared data"):
+    with pytest.raises(StorageError, match=f"^s3://bucket/to-{workers} holds prepared data"):
         write_blocks([sources], tokenizer_dir, 64, out)
 
 
 def test_a_prefix_without_a_manifest_is_no_prepared_data(
-    tokenizer_dir: Path, sources: str, s3: str
+    tokenizer_dir: Path, sources: str, store: Store
 ) -> None:
-    out = uri("killed", s3)
+    out = store.uri("killed")
 
     def failing(writer: PartWriter) -> Generator[WrittenPart, None, None]:
         yield writer(0)
-        assert [name[9:] for name in names("killed", s3)] == ["part-00000.parquet"]
+        assert [name[9:] for name in store.names("killed")] == ["part-00000.parquet"]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         write_blocks([sources], tokenizer_dir, 64, out, write_parts=failing)
-    assert names("killed", s3) == []
+    assert store.names("killed") == []
     place = place_of(out)
     with place.filesystem.open_output_stream(
         place.below("0123abcd/part-00000.parquet").path
@@ -299,36 +267,36 @@ def test_a_prefix_without_a_manifest_is_no_prepared_data(
 
 
 def test_a_prefix_with_something_else_in_it_is_refused(
-    tokenizer_dir: Path, sources: str, s3: str
+    tokenizer_dir: Path, sources: str, store: Store
 ) -> None:
-    upload(str(tokenizer_dir), "taken", s3)
-    before = names("taken", s3)
-    with pytest.raises(StorageError, match=r"^s3://texts/taken exists and is not empty: it holds"):
-        write_blocks([sources], tokenizer_dir, 64, uri("taken", s3))
-    assert names("taken", s3) == before
+    store.upload(tokenizer_dir, "taken")
+    before = store.names("taken")
+    with pytest.raises(StorageError, match=r"^s3://bucket/taken exists and is not empty: it holds"):
+        write_blocks([sources], tokenizer_dir, 64, store.uri("taken"))
+    assert store.names("taken") == before
 
 
+@pytest.mark.usefixtures("empty_cache")
 def test_two_that_write_one_prefix_do_not_mix(
-    tokenizer_dir: Path, sources: str, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+    tokenizer_dir: Path, sources: str, store: Store
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    out = uri("two", s3)
+    out = store.uri("two")
 
     def interrupted(writer: PartWriter) -> Generator[WrittenPart, None, None]:
         write_blocks([sources], tokenizer_dir, 32, out)
         yield from map(writer, range(len(writer.parts)))
 
-    with pytest.raises(StorageError, match="s3://texts/two holds prepared data"):
+    with pytest.raises(StorageError, match="s3://bucket/two holds prepared data"):
         write_blocks([sources], tokenizer_dir, 64, out, write_parts=interrupted)
-    assert len({name.split("/")[0] for name in names("two", s3)}) == 2
+    assert len({name.split("/")[0] for name in store.names("two")}) == 2
     assert open_prepared(out, tokenizer_dir, 128).block_size == 32
 
 
+@pytest.mark.usefixtures("empty_cache")
 def test_two_that_write_the_same_to_one_prefix_both_end_well(
-    tokenizer_dir: Path, sources: str, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+    tokenizer_dir: Path, sources: str, store: Store
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    out = uri("same", s3)
+    out = store.uri("same")
 
     def interrupted(writer: PartWriter) -> Generator[WrittenPart, None, None]:
         write_blocks([sources], tokenizer_dir, 64, out)
@@ -338,12 +306,12 @@ def test_two_that_write_the_same_to_one_prefix_both_end_well(
     assert open_prepared(out, tokenizer_dir, 128).digest == result.digest
 
 
+@pytest.mark.usefixtures("empty_cache")
 def test_training_fetches_what_it_reads_often(
-    loop: Loop, sources: str, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+    loop: Loop, sources: str, tmp_path: Path, store: Store
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     config = load_config(loop.model)
-    source = uri("for-training", s3)
+    source = store.uri("for-training")
     made = write_blocks([sources], loop.model, 64, source)
     data = prepared_for([source], loop.model, config, None, tmp_path / "run", None)
     assert (data.digest, data.uri, data.at_hand) == (made.digest, source, data.path)
@@ -356,11 +324,14 @@ def test_training_fetches_what_it_reads_often(
         prepared_for([source], loop.model, config, None, tmp_path / "other", None)
 
 
-def test_a_store_that_is_not_there_is_one_line(tokenizer_dir: Path, sources: str, s3: str) -> None:
+def test_a_store_that_is_not_there_is_one_line(
+    tokenizer_dir: Path, sources: str, store: Store
+) -> None:
+    out = f"s3://key:{SECRET}@nothere/out?{store.options}"
     with pytest.raises(StorageError, match=r"^s3://nothere/out cannot be written") as caught:
-        write_blocks([sources], tokenizer_dir, 64, f"s3://key:secret@nothere/out?{s3}")
+        write_blocks([sources], tokenizer_dir, 64, out)
     assert "\n" not in str(caught.value)
-    assert "secret" not in str(caught.value)
+    assert SECRET not in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["secret", "half/secret", "a secret", "secret%"])

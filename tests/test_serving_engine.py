@@ -14,8 +14,6 @@ from offsite_ray.architectures import load_model, load_tokenizer
 from offsite_ray.config import Limits
 from offsite_ray.emulator import open_full_model
 from offsite_ray.errors import BusyError, RequestError
-from offsite_ray.serving.queue import CALM_S, FairQueue
-from offsite_ray.serving.requests import Request, Sampling
 from offsite_ray.serving.tenants import read_own
 from tests.served import Tenants, ask, generated, held, make_tenants, serve
 from tests.tiny_models import save_tiny
@@ -317,47 +315,6 @@ def test_rows_come_and_go_for_long(served: tuple[Engine, dict[str, int]]) -> Non
         assert answer.finish() == "stop"
         for index, text in enumerate(texts):
             assert answer.text(index) == text.partition(stop)[0]
-
-
-def test_who_comes_back_has_saved_up_nothing() -> None:
-    queue = FairQueue()
-
-    def wish(tenant: int) -> Request:
-        sampling = Sampling(max_tokens=1)
-        return Request(id="", tenant=tenant, prompt=PROMPT, sampling=sampling, tell=lambda _: None)
-
-    for _ in range(100):  # the first is served alone for long
-        request = wish(1)
-        queue.put(request)
-        queue.take(request)
-        queue.served(1, 1000.0)
-    others = [wish(2) for _ in range(4)]
-    for request in others:  # the second comes while nobody waits
-        queue.put(request)
-    own = wish(1)
-    queue.put(own)
-    taken = []
-    while len(queue):
-        request = next(iter(queue.in_turn()))
-        queue.take(request)
-        queue.served(request.tenant, 1000.0)
-        taken.append(request.tenant)
-    assert taken.index(1) <= 2, taken
-
-
-def test_who_was_refused_may_wait_again_after_some_calm() -> None:
-    now = [100.0]
-    queue = FairQueue(clock=lambda: now[0])
-    assert queue.may_wait(1)
-    queue.refuse(1)
-    assert not queue.may_wait(1)
-    assert queue.may_wait(2)
-    now[0] += CALM_S - 1
-    queue.refuse(1)
-    now[0] += CALM_S - 1
-    assert not queue.may_wait(1)
-    now[0] += 2
-    assert queue.may_wait(1)
 
 
 def test_a_version_that_comes_back_while_it_is_on_its_way_out_stays(

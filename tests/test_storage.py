@@ -29,23 +29,12 @@ from tests.loops import Stopped, distill_config, ignore, stop_after
 from tests.stores import SECRET, Store
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.loops import Loop
 
 
-@pytest.fixture(scope="module")
-def store() -> Iterator[Store]:
-    with Store() as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give each test a machine that has fetched nothing yet."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache/offsite_ray"
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
@@ -122,10 +111,10 @@ def test_every_verb_from_and_to_a_store(
 
 
 def test_a_model_of_a_store_is_estimated_by_its_config_alone(
-    model: str, store: Store, cache: Path, capsys: pytest.CaptureFixture[str]
+    model: str, store: Store, empty_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(capsys, "estimate", "--model", model, "--plan", "1-2-1", "--seq-len", "32")
-    assert [path.name for path in cache.glob("artefacts/*/*/*/*")] == ["config.json"]
+    assert [path.name for path in empty_cache.glob("artefacts/*/*/*/*")] == ["config.json"]
 
 
 def test_what_only_a_path_can_be_is_one_line(
@@ -143,7 +132,7 @@ def test_what_only_a_path_can_be_is_one_line(
 # Fetched once, and anew when it has changed
 
 
-def test_a_node_fetches_once_until_something_changes(store: Store, cache: Path) -> None:
+def test_a_node_fetches_once_until_something_changes(store: Store, empty_cache: Path) -> None:
     for name, content in (("config.json", b"{}"), ("a.safetensors", b"one"), ("code.py", b"")):
         store.write(f"plain/{name}", content)
     uri = store.uri("plain")

@@ -17,25 +17,15 @@ from offsite_ray.storage import (
     published,
     transfer,
 )
-from tests.stores import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from offsite_ray.storage import Place
+    from tests.stores import Store
 
 
-@pytest.fixture(scope="module")
-def store() -> Iterator[Store]:
-    with Store() as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache/offsite_ray"
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 def test_who_may_write_below_a_prefix_alone_publishes_there(store: Store) -> None:
@@ -66,7 +56,7 @@ def test_a_result_that_could_not_be_written_is_refused_before(store: Store) -> N
 
 
 def test_what_changes_while_it_is_fetched_is_not_kept(
-    store: Store, cache: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("config.json", "model.safetensors"):
         store.write(f"moving/{name}", b"{}")
@@ -78,4 +68,4 @@ def test_what_changes_while_it_is_fetched_is_not_kept(
     monkeypatch.setattr(fetching, "download", slow)
     with pytest.raises(StorageError, match=r"^s3://bucket/moving was changed while it was read"):
         fetched(store.uri("moving"))
-    assert list(cache.glob("artefacts/*/*/moving")) == []
+    assert list(empty_cache.glob("artefacts/*/*/moving")) == []
