@@ -7,6 +7,7 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING, Any
 
+import requests
 from moto.moto_server.werkzeug_app import (
     DomainDispatcherApplication,
     MotoRequestHandler,
@@ -47,6 +48,9 @@ class Store:
 
     def __enter__(self) -> Store:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        # All servers of a process hold the same buckets.
+        url = f"http://127.0.0.1:{self._server.server_port}/moto-api/reset"
+        requests.post(url, timeout=60).raise_for_status()
         place = place_of(f"{self.uri('')}&allow_bucket_creation=true")
         place.filesystem.create_dir("bucket")
         return self
