@@ -138,17 +138,21 @@ def main(argv: list[str] | None = None) -> int:
             "http": lambda: measure_http(folder, args.minutes),
             "faults": lambda: measure_faults(folder),
         }
+        parts = {
+            part: measured[part]() if args.of in (None, part) else stored.get(part)
+            for part in PARTS
+        }
+        now = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}
         result = {
             "machine": machine(),
             "versions": {name: version(name) for name in ("torch", "transformers", "ray")},
             "blocks": args.blocks,
             "width": args.width,
-            **{
-                part: measured[part]() if args.of in (None, part) else stored.get(part)
+            **parts,
+            "measured": {
+                part: now if args.of in (None, part) else stored.get("measured", {}).get(part)
                 for part in PARTS
             },
-            "commit": commit(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
     args.results.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n", "utf-8")

@@ -27,11 +27,16 @@ def tables(result: Mapping[str, Any]) -> str:
 def _conditions(result: Mapping[str, Any]) -> str:
     machine = result["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    measured = "; ".join(
+        f"{part} {one['date']}, commit {one['commit'] or 'unknown'}"
+        for part, one in result["measured"].items()
+        if one is not None
+    )
     return (
         f"{machine['cpu']}, {machine['num_cores']} cores, "
-        f"{machine['memory_bytes'] / 2**30:.1f} GiB; {versions}; {result['date']}, commit "
-        f"{result['commit'] or 'unknown'}. GPT-2's architecture, {result['blocks']} blocks of "
-        f"width {result['width']}, float32; adapter blocks 2 at the bottom and 2 at the top.\n"
+        f"{machine['memory_bytes'] / 2**30:.1f} GiB; {versions}; {measured}. GPT-2's "
+        f"architecture, {result['blocks']} blocks of width {result['width']}, float32; adapter "
+        "blocks 2 at the bottom and 2 at the top.\n"
     )
 
 
