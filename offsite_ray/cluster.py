@@ -12,6 +12,8 @@ import json
 import logging
 import math
 import os
+import signal
+import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -97,13 +99,34 @@ def _start(**local: Any) -> Any:
     # "local", or Ray would join the cluster that was last started on this machine, whoever's it is.
     given = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", **local}
     try:
-        return ray.init(log_to_driver=False, logging_level=logging.ERROR, **given)
+        with _own_sigterm():
+            return ray.init(log_to_driver=False, logging_level=logging.ERROR, **given)
     except Exception as error:  # Ray's own, of many kinds
         where = os.environ.get("RAY_ADDRESS", "this machine")
         raise ClusterError(
             f"no Ray at {where}: {first_line(error)}; see that it is up and takes your token "
             "(RAY_AUTH_TOKEN), and that the machine is not too busy to start one"
         ) from error
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Have SIGTERM end this process as before the block, or as Ctrl-C does where nobody handled it.
+
+    Ray's handler aborts the process three seconds later, when it may still be tidying up.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, end if before is signal.SIG_DFL else before)
 
 
 def check_room(num_workers: int, *, gpu: bool) -> None:

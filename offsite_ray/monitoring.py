@@ -80,8 +80,9 @@ class Gauges:
             self._set(list(self._last.values()))
 
     def _set(self, values: Iterable[Value]) -> None:
-        ray = sys.modules.get("ray")
-        if ray is None or not ray.is_initialized():
+        # While another thread imports it, it is there and has no names yet.
+        is_connected = getattr(sys.modules.get("ray"), "is_initialized", None)
+        if is_connected is None or not is_connected():
             return
         for name, value, labels in values:
             self._gauge(name).set(value, {**self._labels, **labels})

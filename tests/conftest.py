@@ -48,6 +48,7 @@ ON_RAY = frozenset(
         "served_deploy",
         "served_faults",
         "served_page",
+        "signals",
         "submit",
         "sweep_on_ray",
         "teacher_cache",

@@ -19,11 +19,13 @@ import yaml
 from cluster.local import environment
 from offsite_ray.cli import main
 from offsite_ray.cli.arguments import parse
+from offsite_ray.cli.job import run_job
 from offsite_ray.cli.verbs import VERBS
 from offsite_ray.config import InspectConfig
 from offsite_ray.errors import ConfigError, StorageError, TrainingError
 from offsite_ray.runs import Recorder, RunRecord, list_runs, read_run, recorded, recording
 from offsite_ray.runs.record import LOST_S, Attempt, utc_now
+from offsite_ray.submit import RECIPE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -99,6 +101,31 @@ def test_a_run_that_fails_says_why_and_may_be_tried_again(
     assert {line["attempt"] for line in lines_of(tmp_path / "fails" / "log.jsonl")} == {1, 2}
     assert main(["verify", str(tmp_path), "--run", "fails"]) == 2
     assert "is a run of inspect, not of verify; choose another --run" in capsys.readouterr().err
+
+
+def test_a_job_that_was_done_is_not_done_again_and_a_refusal_undoes_nothing(
+    loop: Loop, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / RECIPE).write_text(f"model: {loop.model}\nplan: 1-2-1\nout: {tmp_path}/bundle\n")
+
+    def job(*words: str) -> tuple[int, str]:
+        status = run_job(str(tmp_path), "compress", "--run=made", "--runs=runs", *words)
+        return status, capsys.readouterr().err
+
+    assert job()[0] == 0
+    recipe = (tmp_path / "runs/made/recipe.yaml").read_text()
+    assert job() == (0, "offsite-ray: the run 'made' has done this already\n")
+    status, told = job("plan=1-1-1")
+    assert (status, "exists and is not empty" in told) == (2, True)
+    assert job()[0] == 0
+    record = run_of(tmp_path / "runs", "made")
+    assert (record["status"], record["exit_status"], record["error"]) == ("succeeded", 0, None)
+    assert [attempt["status"] for attempt in record["attempts"]] == ["succeeded", "failed"]
+    assert (tmp_path / "runs/made/recipe.yaml").read_text() == recipe
+    shutil.rmtree(tmp_path / "bundle")
+    assert job()[0] == 0
+    assert (tmp_path / "bundle/offsite.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,7 @@ def test_help_says_whose_the_recipe_is() -> None:
         ("list --driver-resources {steady:1}", "driver_resources: steady:1=None must be a number"),
         ("list --driver-resources '{steady: .nan}'", "steady=nan must be a number above 0"),
         ("list --root /r --runs s3://id:HIDDEN@b/r", "runs='s3://b/r' must be a path that every"),
+        ("list --root runs", "root='runs' must be a whole path: the job does not begin in this"),
         ("list --root s3://id:HIDDEN@b/r", "root='s3://b/r' must be a path that every node sees"),
         ("list --driver-labels '{tier: 1}'", "driver_labels: tier=1 must be a text"),
         ("compress --config FILE out=s3://id:HIDDEN@bucket/o", "KEY=VALUE has a key"),
@@ -213,7 +214,7 @@ def test_a_job_runs_to_its_end_once(head: Head, loop: Loop, tmp_path: Path) -> N
     again = submit(head, *words, "plan=1-2-1")
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["job"] == "made-1"
-    assert "made-1 has done this already; another --name does it again" in again.stderr
+    assert "made-1 has done this already; another --name and --out do it again" in again.stderr
     other = submit(head, "inspect", "--config", str(file), "--name", "made", "path=/p")
     assert other.returncode == 2
     assert "made-1 is a run of compress, not of inspect; choose another --name" in other.stderr

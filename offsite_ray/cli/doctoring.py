@@ -25,7 +25,7 @@ from offsite_ray.doctor import (
 )
 from offsite_ray.errors import ClusterError, UnfitError
 from offsite_ray.results import to_plain
-from offsite_ray.submit import JobServer, ended_well, follow, read_recipe, submit
+from offsite_ray.submit import ADDRESS, JobServer, ended_well, follow, read_recipe, submit
 from offsite_ray.uris import is_uri
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ def _examined(config: DoctorConfig, notice: Callable[[str], None]) -> Sequence[F
         storage = os.path.abspath(storage)
     if os.environ.get("RAY_ADDRESS"):
         return examine_ray(storage, config.timeout)
+    if address := os.environ.get(ADDRESS):
+        notice(f"this machine alone; --address {address} examines the cluster of {ADDRESS}")
     return [measure("this machine", storage, config.timeout)]
 
 

@@ -73,6 +73,10 @@ class SubmitConfig:
         for name in ("root", "runs"):
             if is_uri(given := getattr(self, name) or ""):
                 raise ConfigError(f"{name}={shown(given)!r} must be a path that every node sees")
+        if self.root is not None and not Path(self.root).is_absolute():
+            raise ConfigError(
+                f"root={self.root!r} must be a whole path: the job does not begin in this folder"
+            )
         if self.runs is not None and self.root is None and not Path(self.runs).is_absolute():
             raise ConfigError(
                 f"runs={self.runs!r} is below no folder that outlives the job; give --root DIR, "

@@ -13,7 +13,7 @@ from offsite_ray.runs.record import (
     read_run,
     run_directory,
 )
-from offsite_ray.runs.recording import Recorder, exit_status_of, recorded
+from offsite_ray.runs.recording import Recorder, exit_status_of, made_before, recorded
 
 __all__ = [
     "LOG",
@@ -26,6 +26,7 @@ __all__ = [
     "RunRecord",
     "exit_status_of",
     "list_runs",
+    "made_before",
     "read_run",
     "recorded",
     "run_directory",

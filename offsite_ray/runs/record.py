@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from offsite_ray.errors import StorageError, unknown_name
+from offsite_ray.errors import OffsiteError, StorageError, unknown_name
 from offsite_ray.results import to_plain
 from offsite_ray.uris import is_uri, shown
 
@@ -70,9 +70,17 @@ class RunRecord:
     name: str
     verb: str
     attempts: tuple[Attempt, ...]
-    """In their order; the last is the one that counts."""
+    """In their order."""
     artefacts: tuple[Mapping[str, Any], ...] = ()
     """What it made: ``path``, ``kind`` and ``id``; the latter None where it has none."""
+
+    @property
+    def last(self) -> Attempt:
+        """The attempt that counts: the last, but what was refused undoes no success."""
+        for attempt in reversed(self.attempts):
+            if attempt.exit_status != OffsiteError.exit_status:
+                return attempt if attempt.status == "succeeded" else self.attempts[-1]
+        return self.attempts[-1]
 
     @property
     def gpu_hours(self) -> float | None:
@@ -90,9 +98,10 @@ class RunRecord:
         Args:
             now: When it is looked at; without, the status is the last one that was written.
         """
-        last = self.attempts[-1]
+        last, attempts = self.last, list(self.attempts)
         if now is not None:
             last = replace(last, status=last.status_at(now))
+            attempts[-1] = replace(attempts[-1], status=attempts[-1].status_at(now))
         return {
             "name": self.name,
             "verb": self.verb,
@@ -106,7 +115,7 @@ class RunRecord:
             "versions": dict(last.versions),
             "device_hours": {"gpu": self.gpu_hours, "cpu": self.cpu_hours},
             "artefacts": to_plain(self.artefacts),
-            "attempts": to_plain([*self.attempts[:-1], last]),
+            "attempts": to_plain(attempts),
         }
 
     @classmethod

@@ -198,7 +198,8 @@ def recorded(
             raise ConfigError(
                 f"{directory} is a run of {before.verb}, not of {verb}; choose another --run"
             )
-        write_text(directory / RECIPE, _yaml({verb: _plain(config)}))
+        recipe, earlier = directory / RECIPE, _recipe_of_success(directory, before)
+        write_text(recipe, recipe_text(verb, config))
         recorder = Recorder(directory, _begun(name, verb, before))
         log = logging_to(
             directory / LOG, run=name, verb=verb, attempt=len(recorder.record.attempts)
@@ -209,9 +210,40 @@ def recorded(
                 yield recorder
             except BaseException as error:
                 _end_badly(recorder, error)
+                if earlier is not None and exit_status_of(error) == OffsiteError.exit_status:
+                    write_text(recipe, earlier)
                 raise
             recorder.end("succeeded", 0)
             _LOG.info("%s succeeded after %.1f s", verb, recorder.seconds)
+
+
+def recipe_text(verb: str, config: Any) -> str:
+    """Return what the recipe of a run holds."""
+    return _yaml({verb: _plain(config)})
+
+
+def made_before(runs: str, name: str, verb: str, config: Any) -> tuple[str, ...] | None:
+    """Return the paths of what a run has made; None where it has not succeeded with this recipe.
+
+    Args:
+        runs: Directory of all runs.
+        name: Of the run.
+        verb: What is asked of it.
+        config: With which configuration, as resolved.
+    """
+    directory = run_directory(runs, name)
+    record = read_run(directory)
+    if record is None or _recipe_of_success(directory, record) != recipe_text(verb, config):
+        return None
+    return tuple(made["path"] for made in record.artefacts)
+
+
+def _recipe_of_success(directory: Path, record: RunRecord | None) -> str | None:
+    """Return the recipe of a run that has succeeded."""
+    if record is None or record.last.status != "succeeded":
+        return None
+    recipe = directory / RECIPE
+    return recipe.read_text(encoding="utf-8") if recipe.is_file() else None
 
 
 def exit_status_of(error: BaseException) -> int:

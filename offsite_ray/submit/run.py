@@ -47,7 +47,7 @@ def submit(
     asked = json.dumps([__version__, config.verb, config.root, list(words), recipe.hex()])
     digest = hashlib.sha256(asked.encode()).hexdigest()
     if before and _is_done(before[-1], config.verb, digest):
-        notice(f"{before[-1].job} has done this already; another --name does it again")
+        notice(f"{before[-1].job} has done this already; another --name and --out do it again")
         return before[-1]
     recorded = config.runs_directory
     kept = [] if recorded is None else ["--run", name, "--runs", recorded]
@@ -136,5 +136,7 @@ def ended_well(job: Job) -> Job:
     if job.status == "SUCCEEDED":
         return job
     how = {"FAILED": f"failed with exit status {job.exit_status}: {job.message}"}
-    again = "submit it again under the same name, and it goes on with what is on disk"
-    raise JobError(f"{job.job} {how.get(job.status, 'was stopped')}; {again}", job.exit_status or 1)
+    again = "; submit it again under the same name, and it goes on with what is on disk"
+    if job.exit_status == ConfigError.exit_status:
+        again = "; its log says why"
+    raise JobError(f"{job.job} {how.get(job.status, 'was stopped')}{again}", job.exit_status or 1)

@@ -13,6 +13,8 @@ import errno
 import json
 import logging
 import os
+import signal
+import threading
 import uuid
 from typing import TYPE_CHECKING
 
@@ -119,7 +121,16 @@ def _fit(task: TrainingTask, config: TrainingConfig, run_dir: Path, *, gpu: bool
             worker_runtime_env={"env_vars": worker_env(config.num_workers, gpu=gpu)},
         ),
     )
-    trainer.fit()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit()
+    except SystemExit as error:
+        if error.code in (0, 1):  # Ray Train's, at Ctrl-C, when its workers have ended
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def _free(run_dir: Path) -> None:
