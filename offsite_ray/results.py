@@ -251,7 +251,7 @@ def recipe_of(config: Any, **known: Any) -> dict[str, Any]:
 
     Args:
         config: The configuration of a training verb.
-        **known: What stands for it instead, e.g. the digest of the data.
+        **known: What stands for it instead, e.g. the digest of public data.
     """
     told = {key: value for key, value in to_plain(config).items() if key not in _OWN_BUSINESS}
     return {**told, **to_plain(known)}

@@ -235,7 +235,7 @@ def test_a_job_that_fails_gives_its_exit_status(head: Head, tmp_path: Path) -> N
     last = done.stderr.splitlines()[-1]
     assert "error: fails-1 failed with exit status 2: offsite-ray: error: " in last
     assert "nowhere" in last
-    assert last.endswith("submit it again under the same name, and it goes on with what is on disk")
+    assert last.endswith("give the directory of a bundle")  # it would be refused again
     assert lost.returncode == 2
     assert "--root /no/such/folder: No such file or directory on the node" in lost.stderr
     found = json.loads(submit(head, "status", "--name=fails").stdout)

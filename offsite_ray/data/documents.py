@@ -84,6 +84,11 @@ def _form_of(row: Any, piece: Piece, position: int) -> dict[str, Any]:
     if isinstance(row, Mapping):
         for keys, kind in FORMS.items():
             if all(isinstance(row.get(key), kind) for key in keys):
+                if "completion" in keys and not row["completion"].strip():
+                    raise DataError(
+                        f"{_FORMATS[piece.form].where(piece, position)} has an empty completion, "
+                        "of which nothing can be learnt; leave the row out"
+                    )
                 return {key: row[key] for key in keys}
     raise DataError(
         f'{_FORMATS[piece.form].where(piece, position)} is none of {{"text"}}, '

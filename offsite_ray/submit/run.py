@@ -137,6 +137,6 @@ def ended_well(job: Job) -> Job:
         return job
     how = {"FAILED": f"failed with exit status {job.exit_status}: {job.message}"}
     again = "; submit it again under the same name, and it goes on with what is on disk"
-    if job.exit_status == ConfigError.exit_status:
-        again = "; its log says why"
+    if job.exit_status == ConfigError.exit_status:  # as it is asked for it can never be done
+        again = ""
     raise JobError(f"{job.job} {how.get(job.status, 'was stopped')}{again}", job.exit_status or 1)

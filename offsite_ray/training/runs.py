@@ -64,7 +64,7 @@ def run_directory(out: str | Path, resume: bool) -> Iterator[Path]:
     run_dir, mirror = _run_dir(out), Mirror.beside(str(out))
     with made_parent(run_dir):
         with storage_errors(run_dir):
-            run_dir.mkdir(exist_ok=True)
+            run_dir.mkdir(mode=0o700, exist_ok=True)  # the text lies in it, in tokens
         with _alone(run_dir, out):
             left = _left_by_stopped(run_dir, mirror)
             if left is not None and not resume:
