@@ -124,3 +124,21 @@ def test_what_dashboards_ask_for_comes_out_of_runs(loop: Loop, tmp_path: Path) -
     record = json.loads((tmp_path / "runs" / "prepare" / "run.json").read_text())
     assert record["device_hours"]["gpu"] == 0
     assert record["device_hours"]["cpu"] > 0
+
+
+def test_a_sweep_that_goes_on_keeps_the_lines_of_jobs_that_nobody_saw_end(
+    loop: Loop, tmp_path: Path
+) -> None:
+    space = {"compress": {"plan": "1-2-1"}, "finetune": {"max_steps": 1, "batch_size": 2}}
+    (tmp_path / "sweep.yaml").write_text(json.dumps({"space": space}))
+    words = [
+        "sweep", f"--config={tmp_path}/sweep.yaml", f"--model={loop.model}",
+        f"--private={loop.text}", f"--text={loop.text}", "--seq-len=16", "--max-concurrent=0",
+        f"--out={tmp_path}/out", "--run=tried", f"--runs={tmp_path}/runs",
+    ]  # fmt: skip
+    assert main(words) == 0
+    file = tmp_path / "runs/tried/metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[1:-1]))
+    assert main(words) == 0
+    assert sorted(file.read_text().splitlines(keepends=True)) == sorted(lines)

@@ -21,7 +21,7 @@ from offsite_ray.monitoring import Gauges, of_preparing, of_run, of_sweep, of_tr
 from offsite_ray.results import DevicesRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from offsite_ray.cli.arguments import Request
     from offsite_ray.cli.verb import Verb
@@ -167,6 +167,11 @@ def sweep_watch() -> Iterator[Callable[[Sweep], Watch]]:
         yield lambda planned: SweepWatch(planned, watching(planned), _running())
 
 
+def _line_of(record: JobRecord) -> dict[str, Any]:
+    known = {key: record.get(key) for key in ("status", "measured", "seconds")}
+    return {"job": record["id"], **known}
+
+
 class SweepWatch:
     """Watches a sweep for its metrics, and passes on what it is told."""
 
@@ -180,9 +185,10 @@ class SweepWatch:
         """
         self._inner, self._now, self._config = inner, now, planned.config
         self._count = Count(planned)
-        done = (record["status"] for record in planned.records() if planned.is_over(record))
+        done = [record for record in planned.records() if planned.is_over(record)]
         self._ended = Counter({"finished": 0, "failed": 0, "stopped": 0})
-        self._ended.update(done)
+        self._ended.update(record["status"] for record in done)
+        self._add_unseen(done)
         self._at_work: set[str] = set()
         self._known = planned.workers_per_trial == 0 and planned.config.max_concurrent != 0
         self._look()
@@ -202,16 +208,17 @@ class SweepWatch:
         self._at_work.discard(record["id"])
         self._ended[record["status"]] += 1
         self._count.ended(record)
-        self._now.metric(
-            {
-                "job": record["id"],
-                "status": record["status"],
-                "measured": record.get("measured"),
-                "seconds": record.get("seconds"),
-            }
-        )
+        self._now.metric(_line_of(record))
         self._look()
         self._inner.ended(record)
+
+    def _add_unseen(self, done: Sequence[JobRecord]) -> None:
+        """Keep the lines of jobs that ended when nobody watched any more, as around a Ctrl-C."""
+        if self._now.recorder is not None:
+            seen = {line.get("job") for line in self._now.recorder.metrics()}
+            for record in done:
+                if record["id"] not in seen:
+                    self._now.metric(_line_of(record))
 
     def _look(self) -> None:
         num, config = len(self._at_work), self._config

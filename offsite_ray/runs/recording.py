@@ -99,6 +99,14 @@ class Recorder:
         with self._lock, self._said_once(), (self.directory / METRICS).open("a") as file:
             file.write(json.dumps(_plain(values)) + "\n")
 
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of numbers so far; one that was cut by a kill is left out."""
+        path, found = self.directory / METRICS, []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
     def result(self, plain: Mapping[str, Any]) -> None:
         """Keep what the verb gave back, and where what it made is."""
         artefacts = tuple(

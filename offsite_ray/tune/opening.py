@@ -13,6 +13,7 @@ from offsite_ray.storage import model_at
 from offsite_ray.tune.checks import check_measuring, check_space, trainable_variants
 from offsite_ray.tune.plan import Planner
 from offsite_ray.tune.space import draw, every_value, grid, stage_fields
+from offsite_ray.uris import refuse_uri
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,6 +94,7 @@ def dry_run(config: SweepConfig, notice: Notice) -> SweepSize:
         raise ConfigError(
             "what Optuna asks for is not known before; leave dry_run out, or take search=random"
         )
+    refuse_uri("--out", config.out)
     opened = open_sweep(config, notice)
     jobs = opened.planner.jobs(points_of(opened.variants, config))
     roles = Counter(job.role for job in jobs)
