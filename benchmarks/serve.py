@@ -138,10 +138,8 @@ def main(argv: list[str] | None = None) -> int:
             "http": lambda: measure_http(folder, args.minutes),
             "faults": lambda: measure_faults(folder),
         }
-        parts = {
-            part: measured[part]() if args.of in (None, part) else stored.get(part)
-            for part in PARTS
-        }
+        chosen = PARTS if args.of is None else (args.of,)
+        parts = {part: measured[part]() if part in chosen else stored.get(part) for part in PARTS}
         now = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}
         result = {
             "machine": machine(),
@@ -149,10 +147,7 @@ def main(argv: list[str] | None = None) -> int:
             "blocks": args.blocks,
             "width": args.width,
             **parts,
-            "measured": {
-                part: now if args.of in (None, part) else stored.get("measured", {}).get(part)
-                for part in PARTS
-            },
+            "measured": {**stored.get("measured", {}), **dict.fromkeys(chosen, now)},
         }
     args.results.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n", "utf-8")

@@ -30,7 +30,6 @@ def _conditions(result: Mapping[str, Any]) -> str:
     measured = "; ".join(
         f"{part} {one['date']}, commit {one['commit'] or 'unknown'}"
         for part, one in result["measured"].items()
-        if one is not None
     )
     return (
         f"{machine['cpu']}, {machine['num_cores']} cores, "

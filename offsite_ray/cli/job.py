@@ -58,9 +58,8 @@ def _is_done(request: Request, verb: str) -> bool:
     if request.run is None or request.runs is None:
         return False
     made = made_before(request.runs, request.run, verb, request.config)
-    return bool(made) and all(
-        is_published(path) if is_uri(path) else os.path.exists(path) for path in made or ()
-    )
+    there = (is_published(path) if is_uri(path) else os.path.exists(path) for path in made)
+    return bool(made) and all(there)
 
 
 if __name__ == "__main__":

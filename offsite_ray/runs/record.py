@@ -77,10 +77,8 @@ class RunRecord:
     @property
     def last(self) -> Attempt:
         """The attempt that counts: the last, but what was refused undoes no success."""
-        for attempt in reversed(self.attempts):
-            if attempt.exit_status != OffsiteError.exit_status:
-                return attempt if attempt.status == "succeeded" else self.attempts[-1]
-        return self.attempts[-1]
+        done = [one for one in self.attempts if one.exit_status != OffsiteError.exit_status]
+        return done[-1] if done and done[-1].status == "succeeded" else self.attempts[-1]
 
     @property
     def gpu_hours(self) -> float | None:

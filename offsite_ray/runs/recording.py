@@ -207,7 +207,7 @@ def recorded(
                 f"{directory} is a run of {before.verb}, not of {verb}; choose another --run"
             )
         recipe, earlier = directory / RECIPE, _recipe_of_success(directory, before)
-        write_text(recipe, recipe_text(verb, config))
+        write_text(recipe, _recipe_text(verb, config))
         recorder = Recorder(directory, _begun(name, verb, before))
         log = logging_to(
             directory / LOG, run=name, verb=verb, attempt=len(recorder.record.attempts)
@@ -225,13 +225,13 @@ def recorded(
             _LOG.info("%s succeeded after %.1f s", verb, recorder.seconds)
 
 
-def recipe_text(verb: str, config: Any) -> str:
+def _recipe_text(verb: str, config: Any) -> str:
     """Return what the recipe of a run holds."""
     return _yaml({verb: _plain(config)})
 
 
-def made_before(runs: str, name: str, verb: str, config: Any) -> tuple[str, ...] | None:
-    """Return the paths of what a run has made; None where it has not succeeded with this recipe.
+def made_before(runs: str, name: str, verb: str, config: Any) -> tuple[str, ...]:
+    """Return the paths of what a run has made; none where it has not succeeded with this recipe.
 
     Args:
         runs: Directory of all runs.
@@ -241,8 +241,8 @@ def made_before(runs: str, name: str, verb: str, config: Any) -> tuple[str, ...]
     """
     directory = run_directory(runs, name)
     record = read_run(directory)
-    if record is None or _recipe_of_success(directory, record) != recipe_text(verb, config):
-        return None
+    if record is None or _recipe_of_success(directory, record) != _recipe_text(verb, config):
+        return ()
     return tuple(made["path"] for made in record.artefacts)
 
 
